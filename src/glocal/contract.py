@@ -1,0 +1,394 @@
+"""The contract that every token mixer keeps, as functions: the tests run them, and so can anyone for an operator
+of their own.
+
+A check takes a spec and a grid, builds the operator at `DIM` channels with random parameters, and returns None if
+the promise is kept, a sentence if the operator says in words that it does not apply, and raises `Broken` if not.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from glocal import mixers
+from glocal.aggregation import aggregate
+from glocal.evidence import (
+    DIM,
+    Broken,
+    as_function,
+    close,
+    numerically,
+    precision,
+    random_mixer,
+    tokens,
+    true,
+    with_grads,
+)
+from glocal.inspection import inspect
+from glocal.mixer import TokenMixer, Unsupported
+from glocal.spec import available, build
+
+GRIDS = ((13, 7), (8, 8), (21,), (1, 1), (1,))
+# odd, non-square, multiples of small windows and not; the second of each pair is only as large as it must be
+COMPILED_AT = {1: (21,), 2: (13, 11)}
+EXPORTED_TO = {1: ((9,), (12,), (17,), (40,)), 2: ((9, 16), (12, 12), (17, 10), (20, 28))}
+SMALL = {1: (5,), 2: (4, 3)}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one check said of one spec on one grid."""
+
+    check: str
+    spec: str
+    grid: tuple[int, ...]
+    state: Literal["kept", "refused", "broken"]
+    sentence: str = ""
+
+
+def examples() -> tuple[str, ...]:
+    """Every example of every operator."""
+    return tuple(spec for name in available() for spec in getattr(mixers, name).examples)
+
+
+def run(spec: str, check: "Check", grid: Sequence[int]) -> Outcome:
+    """Runs one check and turns whatever happens into words."""
+    about = (check.__name__, spec, tuple(grid))
+    try:
+        why_not = check(spec, tuple(grid))
+    except Broken as error:
+        return Outcome(*about, "broken", str(error))
+    except Exception as error:  # a check must end in words, whatever an operator throws
+        return Outcome(*about, "broken", f"{type(error).__name__}: {error}")
+    return Outcome(*about, "refused", why_not) if why_not else Outcome(*about, "kept")
+
+
+def fits(spec: str, grid: Sequence[int]) -> bool:
+    """Whether the operator has this rank."""
+    rank = getattr(build(spec, DIM), "rank", None)
+    return rank is None or rank == len(grid)
+
+
+# The checks.
+
+
+def forward_equals_definition(spec: str, grid: tuple[int, ...]) -> str | None:
+    """Values and every gradient in float64, in training and in evaluation."""
+    for training in (False, True):
+        mixer = random_mixer(spec).train(training)
+        x = tokens(2, *grid)
+        before = copy.deepcopy(mixer.state_dict())
+        out = with_grads(mixer, mixer, x)
+        after = copy.deepcopy(mixer.state_dict())
+        mixer.load_state_dict(before)
+        expected = with_grads(mixer, mixer.reference, x)
+        for name, value in expected.items():
+            close(f"{name} {'in training' if training else 'in evaluation'}", out[name], value, 1e-9)
+        for name, value in mixer.state_dict().items():
+            close(f"buffer {name} after a call", after[name], value, 1e-9)
+    return None
+
+
+def empty_batch(spec: str, grid: tuple[int, ...]) -> str | None:
+    """No images in, none out, in training and in evaluation, and no state moves."""
+    mixer = random_mixer(spec)
+    expected = (0, *mixer(tokens(2, *grid)).shape[1:])
+    for training in (False, True):
+        mixer.train(training)
+        before = copy.deepcopy(mixer.state_dict())
+        for path in (mixer, mixer.reference):
+            x = tokens(0, *grid).requires_grad_()
+            out = path(x)
+            out.sum().backward()
+            true(out.shape == expected, f"an empty batch gives shape {tuple(out.shape)}, not {expected}")
+        for name, value in mixer.state_dict().items():
+            true(torch.equal(before[name], value), f"an empty batch moves the buffer {name}")
+    return None
+
+
+def gradient(spec: str, grid: tuple[int, ...]) -> str | None:
+    """gradcheck of the forward pass, inputs and parameters."""
+    mixer = random_mixer(spec)
+    x, call = as_function(mixer, mixer, grid)
+    numerically(torch.autograd.gradcheck, call, x)
+    return None
+
+
+def double_backward(spec: str, grid: tuple[int, ...]) -> str | None:
+    """gradgradcheck of the definition; of the fast path too, unless it says that it has none."""
+    mixer = random_mixer(spec)
+    x, call = as_function(mixer, mixer.reference, grid)
+    numerically(torch.autograd.gradgradcheck, call, x)
+    x, call = as_function(mixer, mixer, grid)
+    try:
+        numerically(torch.autograd.gradgradcheck, call, x)
+    except Unsupported as error:
+        true("impl='reference'" in str(error), f"the fast path's refusal does not say what to do: {error}")
+    return None
+
+
+def dense_says_the_same(spec: str, grid: tuple[int, ...]) -> str | None:
+    """dense() and coalesce() give the same sums as the stored weights; geometry has the right shapes."""
+    mixer = random_mixer(spec)
+    if (said := _no_weights(mixer)) is not None:
+        return said
+    x = tokens(2, *grid)
+    found, values = mixer.weights(x), mixer.values(x)
+    mixed = aggregate(found, values)
+    close("coalesce()", aggregate(found.coalesce(), values), mixed, 1e-9)
+    dense = found.dense()
+    groups = max(values.shape[2], dense.shape[1])
+    v = values.expand(-1, -1, groups, -1)
+    by_dense = torch.einsum("bgnm,bmgd->bngd", dense.expand(2, groups, -1, -1), v)
+    close("dense()", by_dense.flatten(2), mixed, 1e-9)
+    queries, sources = dense.shape[2:]
+    true(found.query_positions.shape[0] == queries, f"{len(found.query_positions)} query positions, {queries} queries")
+    true(
+        found.source_positions.shape[0] == sources, f"{len(found.source_positions)} source positions, {sources} sources"
+    )
+    true(tuple(found.out_grid) == mixer.out_grid(grid), f"out_grid {found.out_grid}, not {mixer.out_grid(grid)}")
+    return None
+
+
+def query_subset(spec: str, grid: tuple[int, ...]) -> str | None:
+    """A subset of the queries gives those rows, of the output and of the weights."""
+    mixer = random_mixer(spec)
+    if (said := _no_weights(mixer)) is not None:
+        return said
+    x = tokens(2, *grid)
+    full = mixer(x).flatten(1, -2)
+    queries = torch.arange(full.shape[1] - 1, -1, -2)
+    close("the output at a subset of queries", mixer(x, queries=queries), full[:, queries], 1e-9)
+    rows, some = mixer.weights(x).dense(), mixer.weights(x, queries=queries)
+    rows = rows.expand(-1, -1, full.shape[1], -1)[:, :, queries]
+    close("the weights at a subset of queries", some.dense().expand_as(rows), rows, 1e-9)
+    true(len(some.query_positions) == len(queries), "query_positions are not those of the subset")
+    return None
+
+
+def causal_reads_no_later_token(spec: str, grid: tuple[int, ...]) -> str | None:
+    """Weights above the diagonal are zero, and a later token changes no earlier output."""
+    mixer = random_mixer(spec)
+    if not getattr(mixer, "causal", False):
+        return "not causal"
+    x = tokens(2, *grid)
+    above = torch.triu(mixer.weights(x).dense(), diagonal=1)
+    true(not above.any(), f"a weight above the diagonal is {above.abs().max():.1e}, not 0")
+    changed = x.clone()
+    changed.flatten(1, -2)[:, -1] += 1
+    after, before = (mixer(t).flatten(1, -2)[:, :-1] for t in (changed, x))
+    close("an earlier output after a later token changed", after, before, 0)
+    return None
+
+
+def padding_changes_nothing(spec: str, grid: tuple[int, ...]) -> str | None:
+    """Real tokens of a padded batch get what they would get alone, and what stands in the padding is never read."""
+    own = tuple((2 * n + 2) // 3 for n in grid)
+    valid = torch.zeros(2, *grid, dtype=torch.bool)
+    valid[0] = True
+    _corner(valid[1], own)[...] = True
+    mixer = random_mixer(spec)
+    x = tokens(2, *grid)
+    try:
+        mixer(x, valid=valid)
+    except ValueError as error:
+        true(type(mixer).__name__ in str(error), f"padding is refused without the operator's name: {error}")
+        return str(error)
+    own_out = mixer.out_grid(own)
+    for path in (mixer, mixer.reference):
+        padded = path(x, valid=valid)
+        close("the padded image", _corner(padded[1], own_out), path(_corner(x[1], own)[None])[0], 1e-9)
+        close("the image that fills the grid", padded[0], path(x[:1])[0], 1e-9)
+    mixer.train()
+    noise = torch.where(valid[..., None], x, 100 * torch.randn_like(x))
+    start = copy.deepcopy(mixer.state_dict())
+    for path in (mixer, mixer.reference):
+        seen = []
+        for padded in (x, noise):
+            mixer.load_state_dict(start)
+            out = path(padded, valid=valid)
+            seen.append([out[0], _corner(out[1], own_out), *(b.clone().double() for b in mixer.buffers())])
+        for one, other in zip(*seen, strict=True):
+            close("real tokens or statistics in training, after the padding changed", one, other, 1e-9)
+    return None
+
+
+def looking_changes_nothing(spec: str, grid: tuple[int, ...]) -> str | None:
+    """inspect leaves the output bit-identical and its weights rebuild it; no buffer and no random state moves."""
+    for training in (False, True):
+        mixer = random_mixer(spec).train(training)
+        if (said := _no_weights(mixer)) is not None:
+            return said
+        x = tokens(2, *grid)
+        plain = copy.deepcopy(mixer)(x)
+        with inspect(mixer) as seen:
+            out = mixer(x)
+        true(torch.equal(out, plain), "the output differs from the one without inspect")
+        state, draws = copy.deepcopy(mixer.state_dict()), torch.get_rng_state()
+        (call,) = seen
+        call.weights()
+        mixer.weights(x)
+        error = call.rebuild_error()
+        true(error <= 1e-9, f"the weights rebuild the output with a relative error of {error:.1e}")
+        for name, value in mixer.state_dict().items():
+            true(torch.equal(state[name], value), f"asking for weights moved the buffer {name}")
+        true(torch.equal(draws, torch.get_rng_state()), "asking for weights moved the random state")
+    return None
+
+
+def forced_fast_never_falls_back(spec: str, grid: tuple[int, ...]) -> str | None:
+    """impl="fast" gives the definition's result without calling it, or raises Unsupported with the operator's name."""
+    mixer = random_mixer(spec)
+    x = tokens(2, *grid)
+    mixer.impl = "fast"
+    with _definition_forbidden(mixer):
+        try:
+            out = mixer(x)
+        except Unsupported as error:
+            true(str(error).startswith(f"{type(mixer).__name__}: "), f"the refusal does not name the operator: {error}")
+            return str(error)
+    close("the forced fast path", out, mixer.reference(x), 1e-9)
+    return None
+
+
+def float32(spec: str, grid: tuple[int, ...]) -> str | None:
+    """Output and gradients come in float32, within 1e-5 of the largest entry in float64."""
+    precision(spec, grid, torch.float32)
+    return None
+
+
+def float64(spec: str, grid: tuple[int, ...]) -> str | None:
+    """Output and gradients come in float64, within 1e-12 of the largest entry."""
+    precision(spec, grid, torch.float64)
+    return None
+
+
+def bfloat16(spec: str, grid: tuple[int, ...]) -> str | None:
+    """Output and gradients within twice the definition's own bfloat16 error, and one rounding, of float64."""
+    precision(spec, grid, torch.bfloat16)
+    return None
+
+
+def compiles(spec: str, grid: tuple[int, ...]) -> str | None:
+    """torch.compile(fullgraph=True) with aot_eager, forward and backward."""
+    mixer = random_mixer(spec)
+    x = tokens(2, *grid)
+    torch._dynamo.reset()
+    compiled = torch.compile(mixer, backend="aot_eager", fullgraph=True)
+    expected = with_grads(mixer, mixer, x)
+    for name, value in with_grads(mixer, compiled, x).items():
+        close(f"{name} of the compiled module", value, expected[name], 1e-6)
+    torch._dynamo.reset()
+    return None
+
+
+def exports(spec: str, grid: tuple[int, ...]) -> str | None:
+    """torch.export with every length dynamic; the program is then run at four other sizes."""
+    mixer = random_mixer(spec)
+    dynamic = {axis + 1: torch.export.Dim.DYNAMIC for axis in range(len(grid))}
+    with torch.no_grad():
+        program = torch.export.export(mixer, (tokens(2, *grid),), dynamic_shapes=(dynamic,)).module()
+        for other in EXPORTED_TO[len(grid)]:
+            x = tokens(2, *other)
+            close(f"the program exported at {grid}, run at {other}", program(x), mixer(x), 1e-9)
+    return None
+
+
+def state_dict_round_trip(spec: str, grid: tuple[int, ...]) -> str | None:
+    """repr builds the same operator, and its state dict carries everything that the output depends on."""
+    mixer = random_mixer(spec)
+    again = build(repr(mixer), DIM).double().eval()
+    true(repr(again) == repr(mixer), f"repr {mixer!r} builds {again!r}")
+    again.load_state_dict(mixer.state_dict())
+    x = tokens(2, *grid)
+    true(torch.equal(again(x), mixer(x)), "the copy's output differs")
+    return None
+
+
+def wrong_shapes_are_refused(spec: str, grid: tuple[int, ...]) -> str | None:
+    """Wrong channels and a wrong rank raise a ValueError that holds both numbers."""
+    mixer = random_mixer(spec)
+    _refuses(mixer, torch.zeros(2, *grid, DIM - 1, dtype=torch.float64), str(DIM - 1), str(DIM))
+    _refuses(mixer, torch.zeros(2, DIM, dtype=torch.float64), "2", str(DIM))
+    if (rank := getattr(mixer, "rank", None)) is not None:
+        _refuses(mixer, torch.zeros(2, *[3] * (rank + 1), DIM, dtype=torch.float64), str(rank), str(rank + 1))
+    _refuses(
+        mixer,
+        tokens(2, *grid),
+        "valid",
+        str(tuple(grid))[1:-2],
+        valid=torch.ones(2, *[n + 1 for n in grid], dtype=torch.bool),
+    )
+    return None
+
+
+def declared_cost(spec: str, grid: tuple[int, ...]) -> str | None:
+    """`macs` is what torch.utils.flop_counter counts on the definition."""
+    mixer = random_mixer(spec)
+    if (said := _no_weights(mixer)) is not None:
+        return said
+    declared, counted = mixer.macs(grid), mixer.counted_macs(grid)
+    true(declared == counted, f"declares {declared} multiply-adds, the definition does {counted}")
+    return None
+
+
+Check = Callable[[str, tuple[int, ...]], str | None]
+
+# which checks run on which grids
+ON_EVERY_GRID: tuple[Check, ...] = (
+    forward_equals_definition, empty_batch, dense_says_the_same, query_subset, causal_reads_no_later_token,
+    looking_changes_nothing, forced_fast_never_falls_back, float32, float64, bfloat16, wrong_shapes_are_refused,
+)  # fmt: skip
+ON_LARGE_GRIDS: tuple[Check, ...] = (padding_changes_nothing, state_dict_round_trip, declared_cost)
+ON_SMALL_GRIDS: tuple[Check, ...] = (gradient, double_backward)
+ON_ONE_GRID: tuple[Check, ...] = (compiles, exports)
+
+
+def cases(spec: str) -> Iterator[tuple[Check, tuple[int, ...]]]:
+    """Every check of the contract with every grid it runs on, for one spec."""
+    large = [grid for grid in GRIDS if max(grid) > 1]
+    for checks, grids in (
+        (ON_EVERY_GRID, GRIDS),
+        (ON_LARGE_GRIDS, large),
+        (ON_SMALL_GRIDS, SMALL.values()),
+        (ON_ONE_GRID, COMPILED_AT.values()),
+    ):
+        for check in checks:
+            yield from ((check, grid) for grid in grids if fits(spec, grid))
+
+
+def _corner(image: Tensor, lengths: Sequence[int]) -> Tensor:
+    """The part of an image [*S, ...] that starts at the origin, as a view."""
+    for axis, length in enumerate(lengths):
+        image = image.narrow(axis, 0, length)
+    return image
+
+
+@contextmanager
+def _definition_forbidden(mixer: TokenMixer) -> Iterator[None]:
+    def forbidden(*args: object, **kwargs: object) -> Tensor:
+        raise Broken("impl='fast' fell back to the definition")
+
+    mixer.reference = forbidden  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del mixer.reference
+
+
+def _no_weights(mixer: nn.Module) -> str | None:
+    return None if isinstance(mixer, TokenMixer) else "an ordinary module: it has no aggregation weights"
+
+
+def _refuses(mixer: nn.Module, x: Tensor, *words: str, **call: Tensor) -> None:
+    try:
+        mixer(x, **call)
+    except ValueError as error:
+        missing = [word for word in words if word not in str(error)]
+        true(not missing, f"the refusal of shape {tuple(x.shape)} does not hold {' or '.join(missing)}: {error}")
+    else:
+        raise Broken(f"takes x of shape {tuple(x.shape)} {'and ' + ', '.join(call) if call else ''}without a word")

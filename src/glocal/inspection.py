@@ -1,0 +1,178 @@
+"""Looking into a model: its token mixers' inputs are kept as it runs, their weights computed on request.
+
+The run keeps its fast paths and its speed, and its outputs are bit for bit the same.
+"""
+
+import inspect as signatures
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glocal.aggregation import Aggregation, aggregate
+from glocal.mixer import Cache, TokenMixer
+
+# largest difference, relative to the largest entry, at which a rebuilt output counts as the recorded one
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+
+
+class Call:
+    """One call of a token mixer: what went in and what came out."""
+
+    def __init__(self, name: str, mixer: TokenMixer, call: dict[str, Any], output: Tensor) -> None:
+        self.name = name
+        self.mixer = mixer
+        self.output = output
+        self._call = call
+        self._training = mixer.training
+        self._versions = _versions(call, output, mixer)
+
+    @property
+    def x(self) -> Tensor:
+        """The mixer's input [B, *S, C]."""
+        return self._call["x"]
+
+    def weights(self, queries: Tensor | None = None) -> Aggregation:
+        """The aggregation weights of this call, for all queries or some (int64 [Q], in the flattened output).
+
+        Raises:
+            ValueError: an input, the output or a parameter was changed since, or the weights do not rebuild the
+                recorded output within `TOLERANCE`: then nothing can be said about that call.
+        """
+        found, error = self._rebuild(queries)
+        tolerance = TOLERANCE.get(self.output.dtype, 1e-4)
+        if not error <= tolerance:
+            raise ValueError(
+                f"{self.name}: its weights rebuild the recorded output with a relative error of {error:.1e}, more than "
+                f"{tolerance:.0e}, and are not shown; was the module changed, or does it draw random numbers?"
+            )
+        return found
+
+    def rebuild_error(self, queries: Tensor | None = None) -> float:
+        """Largest difference between rebuilt and recorded output, relative to the largest entry."""
+        return self._rebuild(queries)[1]
+
+    def _rebuild(self, queries: Tensor | None) -> tuple[Aggregation, float]:
+        for what, (before, now) in _changed(self._versions, _versions(self._call, self.output, self.mixer)).items():
+            raise ValueError(
+                f"{self.name}: {what} was changed in place since the call (version {before}, now {now}); "
+                "ask for weights before that"
+            )
+        call = dict(self._call)
+        asked = call.get("queries")
+        if queries is not None:
+            call["queries"] = queries if asked is None else asked[queries]
+        was_training = self.mixer.training
+        self.mixer.train(self._training)
+        try:
+            found = self.mixer.weights(**call)
+            with torch.no_grad():
+                x, bound = self.mixer._bind(call.pop("x"), call)
+                rebuilt = self.mixer.project(aggregate(found, self.mixer._values(x, bound)))
+        finally:
+            self.mixer.train(was_training)
+        output = self.output.detach().reshape(rebuilt.shape[0], -1, rebuilt.shape[-1])
+        output = output if queries is None else output[:, queries]
+        if output.numel() == 0:
+            return found, 0.0
+        difference = (rebuilt.double() - output.double()).abs().max()
+        return found, float(difference / output.double().abs().max().clamp(min=torch.finfo(output.dtype).tiny))
+
+    def __repr__(self) -> str:
+        return f"<call of {self.name}: {self.mixer!r} on {tuple(self.x.shape)}>"
+
+
+class Inspection:
+    """Calls recorded while `with inspect(model) as seen:` holds; iterate it, or index it by a module's name."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.calls: list[Call] = []
+        self._model = model
+        self._hooks: list[Any] = []
+        self._open: dict[int, list[dict[str, Any]]] = {}
+
+    def __enter__(self) -> "Inspection":
+        names: dict[int, str] = {}
+        for name, module in self._model.named_modules():
+            if (
+                isinstance(module, torch._dynamo.OptimizedModule)
+                or getattr(module, "_compiled_call_impl", None) is not None
+            ):
+                raise ValueError(
+                    f"{name or 'the model'}: is compiled, its inside cannot be seen; inspect it before torch.compile"
+                )
+            if isinstance(module, TokenMixer):
+                names.setdefault(id(module), name or type(module).__name__)
+        for module in self._model.modules():
+            if id(module) in names:
+                name = names[id(module)]
+                self._hooks.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
+                self._hooks.append(module.register_forward_hook(self._after(name), with_kwargs=True))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._open.clear()
+
+    def __iter__(self) -> Iterator[Call]:
+        return iter(self.calls)
+
+    def __len__(self) -> int:
+        return len(self.calls)
+
+    def __getitem__(self, name: str) -> list[Call]:
+        """All calls of one module, in order: a shared or checkpointed module is called more than once."""
+        found = [call for call in self.calls if call.name == name]
+        if not found:
+            names = ", ".join(dict.fromkeys(call.name for call in self.calls)) or "none"
+            raise KeyError(f"no call of {name!r}; recorded: {names}")
+        return found
+
+    def _before(self, mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        bound = signatures.signature(mixer.forward).bind(*args, **kwargs).arguments
+        # the call moves its cache on; keep what it held before
+        call = {
+            name: value.copy() if isinstance(value, Cache) else value
+            for name, value in bound.items()
+            if value is not None
+        }
+        self._open.setdefault(id(mixer), []).append(call)
+
+    def _after(self, name: str) -> Any:
+        def record(mixer: TokenMixer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            self.calls.append(Call(name, mixer, self._open[id(mixer)].pop(), output))
+
+        return record
+
+
+def inspect(model: nn.Module) -> Inspection:
+    """Records the calls of every token mixer in a model.
+
+        with glocal.inspect(model) as seen:
+            model(images)
+        seen["stages.2.blocks.0.mixer"][0].weights()
+
+    Memory: the mixers' inputs and outputs are kept alive until the recording is dropped; nothing is copied.
+
+    Raises:
+        ValueError: a part of the model is compiled (named), on entering the `with` block.
+    """
+    return Inspection(model)
+
+
+def _versions(call: dict[str, Any], output: Tensor, mixer: nn.Module) -> dict[str, int]:
+    """In-place version counters of all that the weights depend on; tensors made in inference mode have none."""
+    tensors = {f"its input {name}": value for name, value in call.items() if isinstance(value, Tensor)}
+    tensors["its output"] = output
+    tensors |= {f"its parameter {name}": value for name, value in mixer.named_parameters()}
+    return {name: tensor._version for name, tensor in tensors.items() if not tensor.is_inference()}
+
+
+def _changed(before: dict[str, int], now: dict[str, int]) -> dict[str, tuple[int, int]]:
+    return {name: (version, now[name]) for name, version in before.items() if now.get(name) != version and name in now}

@@ -1,0 +1,49 @@
+"""The depthwise family by shift-and-sum: one pass over the input for each tap, no copy of it.
+
+Plain PyTorch on views of the padded input, so it differentiates twice, exports, and fuses under torch.compile.
+"""
+
+from itertools import product
+
+import torch
+from torch import Tensor
+
+
+def local_sum(x: Tensor, w: Tensor, dilation: int = 1) -> Tensor:
+    """y[b, i, c] = sum over taps t of w[b, i, g(c), t] * x[b, i + dilation * (t - centre), c], zeros outside.
+
+    Args:
+        x: [B, *S, C].
+        w: [B or 1, *S or 1 each, G, K**rank], taps in raster order, K odd; channels c of group g are consecutive,
+            G divides C. An axis of size 1 is shared: kernels may be static, per image, or per position.
+        dilation: distance between taps.
+
+    Returns:
+        [B, *S, C]. Sums are taken in float32 or wider.
+
+    Cost: B*N*C*K**rank multiply-adds. Memory: one padded copy of x and one copy of w.
+
+    Raises:
+        ValueError: shapes that do not fit, naming both.
+    """
+    rank, taps = x.dim() - 2, w.shape[-1]
+    kernel = round(taps ** (1 / rank))
+    if w.dim() != rank + 3 or kernel**rank != taps or kernel % 2 == 0:
+        raise ValueError(
+            f"w: has shape {tuple(w.shape)}, needs [B, {'*S, '}G, K**{rank}] with K odd for x {tuple(x.shape)}"
+        )
+    if x.shape[-1] % w.shape[-2]:
+        raise ValueError(f"w: {w.shape[-2]} groups do not divide the {x.shape[-1]} channels of x")
+    wide = torch.promote_types(torch.promote_types(x.dtype, w.dtype), torch.float32)
+    margin = dilation * (kernel // 2)
+    padded = torch.nn.functional.pad(x.to(wide), (0, 0) + (margin, margin) * rank).unflatten(-1, (w.shape[-2], -1))
+    # taps first: each is then read in order, and unbind gives their gradients back in one piece
+    each_tap = w.to(wide).movedim(-1, 0).contiguous().unsqueeze(-1).unbind(0)
+    out = None
+    for weight, offset in zip(each_tap, product(range(kernel), repeat=rank), strict=True):
+        shifted = padded
+        for axis, o in enumerate(offset):
+            shifted = shifted.narrow(axis + 1, o * dilation, x.shape[axis + 1])
+        out = shifted * weight if out is None else torch.addcmul(out, shifted, weight)
+    assert out is not None
+    return out.flatten(-2).to(torch.promote_types(x.dtype, w.dtype))

@@ -1,0 +1,12 @@
+"""The token mixers, one file each. A new operator is one line here."""
+
+from glocal.mixers.average_pooling import AveragePooling as AveragePooling
+from glocal.mixers.convolution import Convolution as Convolution
+from glocal.mixers.depthwise_conv import DepthwiseConv as DepthwiseConv
+from glocal.mixers.dynamic_depthwise_conv import DynamicDepthwiseConv as DynamicDepthwiseConv
+from glocal.mixers.inhomogeneous_depthwise_conv import InhomogeneousDepthwiseConv as InhomogeneousDepthwiseConv
+from glocal.mixers.local_mlp import LocalMLP as LocalMLP
+from glocal.mixers.neighborhood_attention import NeighborhoodAttention as NeighborhoodAttention
+from glocal.mixers.relative_attention import RelativeAttention as RelativeAttention
+from glocal.mixers.self_attention import SelfAttention as SelfAttention
+from glocal.mixers.window_attention import WindowAttention as WindowAttention

@@ -1,0 +1,103 @@
+"""What the attention operators share: projections named as in timm, heads, the masked softmax.
+
+Shape letters: B batch, N tokens, C channels, G heads, D channels per head, M sources.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from glocal.mixer import TokenMixer, Unsupported, resolve_heads
+
+
+class Attention(TokenMixer):
+    """Abstract: one `qkv` projection, one `proj`, and heads between them."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: int | None,
+        head_dim: int | None,
+        qkv_bias: bool,
+        out_dim: int | None = None,
+        rank: int | None = None,
+    ) -> None:
+        super().__init__(dim, rank=rank)
+        self.out_dim = dim if out_dim is None else out_dim
+        self.num_heads = resolve_heads(self.out_dim, num_heads, head_dim)
+        self.qkv_bias = qkv_bias
+        self.scale = (self.out_dim // self.num_heads) ** -0.5
+        self.qkv = nn.Linear(dim, 3 * self.out_dim, bias=qkv_bias)
+        self.proj = nn.Linear(self.out_dim, self.out_dim)
+
+    def values(self, source: Tensor) -> Tensor:
+        return self.heads(source, 2)
+
+    def project(self, mixed: Tensor) -> Tensor:
+        return self.proj(mixed)
+
+    def heads(self, tokens: Tensor, part: int) -> Tensor:
+        """Queries (part 0, scaled), keys (1) or values (2) of tokens [B, *S, C]: [B, N, G, D]."""
+        rows = slice(part * self.out_dim, (part + 1) * self.out_dim)
+        bias = None if self.qkv.bias is None else self.qkv.bias[rows]
+        out = nn.functional.linear(tokens.flatten(1, -2), self.qkv.weight[rows], bias)
+        out = out.unflatten(-1, (self.num_heads, -1))
+        return out * self.scale if part == 0 else out
+
+    def _projection_macs(self, tokens: int) -> int:
+        return tokens * (3 * self.dim * self.out_dim + self.out_dim * self.out_dim)
+
+
+def masked_softmax(scores: Tensor, seen: Tensor | None) -> Tensor:
+    """Softmax over the last axis where `seen`; a row that sees nothing is all zero, never NaN."""
+    if seen is None:
+        return scores.softmax(-1)
+    # the lowest finite number, not -inf: a row of -inf would be NaN, forward and backward
+    return scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1) * seen
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, causal: bool = False) -> Tensor:
+    """Library attention on [B, N, G, D] heads with q already scaled: [B, N, G*D].
+
+    `bias` is added to the scores, broadcastable to [B, G, N, M], and is cast to q's dtype: a float32 bias under
+    bf16 has been misread in silence by some back ends.
+    """
+    bias = None if bias is None else bias.to(q.dtype)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=1.0)
+    if not torch.compiler.is_compiling() and out.grad_fn is not None and "ScaledDotProduct" in out.grad_fn.name():
+        out.register_hook(_no_second_derivative)  # a fused kernel; the composed one differentiates twice
+    return out.transpose(1, 2).flatten(2)
+
+
+def _no_second_derivative(grad: Tensor) -> None:
+    if torch.is_grad_enabled():  # in a backward pass: create_graph=True
+        raise Unsupported(
+            "attention: the library's fused kernel has no second derivative (create_graph=True); set impl='reference' "
+            "on the mixer, whose definition has"
+        )
+
+
+def mask_bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where seen, the lowest finite number elsewhere."""
+    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+def relative_positions(n: int, device: torch.device) -> Tensor:
+    """query - source + n - 1 along one axis: [n, n], entries 0 to 2n - 2."""
+    position = torch.arange(n, device=device)
+    return position[:, None] - position + (n - 1)
+
+
+def table_parameter(*shape: int) -> nn.Parameter:
+    """A table of biases, truncated normal with deviation 0.02 as in the papers that use one."""
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(*shape), std=0.02))
+
+
+def add_position(tokens: Tensor, embedding: Tensor | None) -> Tensor:
+    """Tokens with positions added; for queries and keys, never for values."""
+    if embedding is None:
+        return tokens
+    if embedding.shape[-1] != tokens.shape[-1]:
+        raise ValueError(f"pos_embed: has {embedding.shape[-1]} channels, the tokens have {tokens.shape[-1]}")
+    return tokens + embedding

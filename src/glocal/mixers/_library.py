@@ -1,0 +1,49 @@
+"""Library convolutions and pooling on channels-last tokens.
+
+In 2-D `movedim` gives the convolution a channels-last view without a copy. In 1-D it goes through a
+[B, C, 1, T] view: conv1d on the moved view was measured 30 times slower.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+
+def conv(
+    tokens: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    stride: int,
+    padding: Sequence[int],
+    dilation: int,
+    groups: int,
+) -> Tensor:
+    """[B, *S, C] tokens, [C_out, C / groups, *kernel] weight -> [B, *S_out, C_out]."""
+    if all(n == 1 for n in tokens.shape[1:-1]):
+        # one output whatever the stride; with one, oneDNN's bfloat16 weight gradient of a single token holds
+        # uninitialised memory (seen with torch 2.15)
+        stride = 1
+    if len(padding) == 1:
+        out = nn.functional.conv2d(
+            images(tokens), weight.unsqueeze(2), bias, (1, stride), (0, *padding), (1, dilation), groups
+        )
+    else:
+        out = nn.functional.conv2d(images(tokens), weight, bias, stride, tuple(padding), dilation, groups)
+    return back(out, len(padding))
+
+
+def images(tokens: Tensor) -> Tensor:
+    """[B, *S, C] -> [B, C, H, W], H = 1 for sequences; a view."""
+    return (tokens.unsqueeze(1) if tokens.dim() == 3 else tokens).movedim(-1, 1)
+
+
+def back(out: Tensor, rank: int) -> Tensor:
+    """[B, C, H, W] -> [B, *S, C]; a view."""
+    tokens = out.movedim(1, -1)
+    return tokens.squeeze(1) if rank == 1 else tokens
+
+
+def out_lengths(grid: Sequence[int], stride: int) -> tuple[int, ...]:
+    """ceil(n / stride) for every axis."""
+    return tuple((n + stride - 1) // stride for n in grid)

@@ -1,0 +1,56 @@
+"""Batch norm for weight paths: can be looked at without moving its statistics, and counts real tokens only."""
+
+import torch
+from torch import Tensor, nn
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Normalises the last axis over all others; parameters and buffers of torch.nn.BatchNorm1d.
+
+    In training it uses the statistics of the call, over the positions where `valid` is True, and moves the
+    running ones only if told to.
+    """
+
+    def forward(self, x: Tensor, valid: Tensor | None = None, *, update: bool = False) -> Tensor:
+        """x [..., C], valid [...] or None -> [..., C].
+
+        Raises:
+            ValueError: one real value per channel in training, whose variance is zero by definition.
+        """
+        assert self.running_mean is not None and self.running_var is not None
+        if not self.training:
+            return self._normalise(x, self.running_mean, self.running_var)
+        if x.numel() == 0:
+            return self._normalise(x, torch.zeros_like(self.running_mean), torch.ones_like(self.running_var))
+        axes = tuple(range(x.dim() - 1))
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        if valid is None:
+            count = x[..., 0].numel()
+            if count == 1:
+                raise ValueError(
+                    "BatchNorm: one value per channel in training (batch 1 and one pooled or single position); "
+                    "use a larger batch, or eval()"
+                )
+            mean = wide.mean(axes)
+            variance = (wide - mean).square().mean(axes)
+            unbiased = variance.detach() * (count / (count - 1))
+        else:
+            real = valid[..., None].to(wide.dtype)
+            total = real.sum()
+            mean = (wide * real).sum(axes) / total
+            variance = ((wide - mean).square() * real).sum(axes) / total
+            unbiased = variance.detach() * total / (total - 1).clamp(min=1)
+        if update:
+            with torch.no_grad():
+                assert self.num_batches_tracked is not None
+                self.num_batches_tracked.add_(1)
+                # no momentum: the plain average of all batches so far
+                share = 1 / self.num_batches_tracked if self.momentum is None else torch.tensor(self.momentum)
+                share = share.to(self.running_mean)
+                self.running_mean.lerp_(mean.detach().to(self.running_mean), share)
+                self.running_var.lerp_(unbiased.to(self.running_var), share)
+        return self._normalise(x, mean, variance)
+
+    def _normalise(self, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return (x * scale + (self.bias - mean * scale)).to(x.dtype)

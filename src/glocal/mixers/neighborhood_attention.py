@@ -1,0 +1,162 @@
+"""Neighborhood attention: every query has a window of its own."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from glocal.aggregation import Aggregation, grid_positions
+from glocal.kernels import gathered_scores, gathered_sum
+from glocal.mixer import odd_kernel, per_axis, positive
+from glocal.mixers._attention import Attention, masked_softmax, table_parameter
+from glocal.mixers._grid import extents, join, pick
+
+
+class NeighborhoodAttention(Attention):
+    """Attention to the K nearest tokens of each query: A = softmax(q k^T / sqrt(D) + B) over its neighborhood.
+
+    Weights: [B, heads, N, K]: own for each image, head and query; local.
+
+    Args:
+        dim: channels C.
+        kernel_size: neighbors along all axes or each; odd unless causal.
+        num_heads, head_dim: one of them; head_dim 32 where neither is given.
+        dilation: distance between neighbors, for all axes.
+        causal: neighbors are the query and kernel_size - 1 tokens before it, along every axis.
+        border: "masked": neighbors centred on the query, those outside the grid are not seen. "shifted": the
+            neighborhood is moved inward so that all of it lies inside; an axis with fewer tokens uses them all.
+        qkv_bias: whether q, k and v have biases.
+        rank: 2 for images, 1 for sequences.
+
+    Shape:
+        x [B, *S, C] -> [B, *S, C], any S. `rpb` [heads, *(2*kernel_size - 1)], entry
+        (source - query) / dilation + kernel_size - 1 along each axis.
+
+    Cost: 4*N*C^2 + 2*N*K*C multiply-adds.
+
+    Raises:
+        ValueError: an even kernel with a centre; shifted borders together with causal.
+
+    Source: Hassani et al., Neighborhood Attention Transformer, CVPR 2023, arXiv 2204.07143; dilation: Hassani and
+    Shi, arXiv 2209.15001; causal axes as in NATTEN.
+    Differs from the paper: grids smaller than kernel_size * dilation are defined instead of refused.
+    """
+
+    examples = (
+        "NeighborhoodAttention(kernel_size=3, num_heads=4)",
+        "NeighborhoodAttention(kernel_size=(3, 5), num_heads=2, border='shifted')",
+        "NeighborhoodAttention(kernel_size=3, num_heads=4, dilation=2, border='shifted', qkv_bias=False)",
+        "NeighborhoodAttention(kernel_size=4, num_heads=4, dilation=2, causal=True, rank=1)",
+    )
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        kernel_size: int | Sequence[int] = 7,
+        num_heads: int | None = None,
+        head_dim: int | None = None,
+        dilation: int = 1,
+        causal: bool = False,
+        border: Literal["masked", "shifted"] = "masked",
+        qkv_bias: bool = True,
+        rank: int = 2,
+    ) -> None:
+        super().__init__(dim, num_heads=num_heads, head_dim=head_dim, qkv_bias=qkv_bias, rank=rank)
+        if border not in ("masked", "shifted"):
+            raise ValueError(f"border: {border!r}, must be 'masked' or 'shifted'")
+        if causal and border == "shifted":
+            raise ValueError("border: 'shifted' would show later tokens to a causal query; use 'masked'")
+        self.kernel_size, self.dilation, self.causal, self.border = (
+            kernel_size,
+            positive("dilation", dilation),
+            causal,
+            border,
+        )
+        self._kernel = (per_axis if causal else odd_kernel)("kernel_size", kernel_size, rank)
+        self.rpb = table_parameter(self.num_heads, *(2 * k - 1 for k in self._kernel))
+
+    def scores(self, x: Tensor, *, valid: Tensor | None = None, queries: Tensor | None = None) -> dict[str, Tensor]:
+        index, bias = self._neighbors(x, valid, queries)
+        q = self.heads(x, 0)
+        q = q if queries is None else q[:, queries]
+        content = torch.einsum("bngd,bnkgd->bgnk", q, pick(self.heads(x, 1), index))
+        return {"content": content, "position": bias}
+
+    def weights(self, x: Tensor, *, valid: Tensor | None = None, queries: Tensor | None = None) -> Aggregation:
+        grid = tuple(x.shape[1:-1])
+        index, _ = self._neighbors(x, valid, queries)
+        scores = self._scores(x, valid=valid, queries=queries)
+        places = grid_positions(grid, device=x.device)
+        return Aggregation(
+            masked_softmax(scores["content"] + scores["position"], _seen(index, valid)[:, None]),
+            index[:, None],
+            math.prod(grid),
+            places if queries is None else places[queries],
+            places,
+            grid if queries is None else (len(queries),),
+            grid,
+        )
+
+    def fast(self, x: Tensor, values: Tensor, *, valid: Tensor | None = None) -> Tensor:
+        index, bias = self._neighbors(x, valid, None)
+        content = gathered_scores(self.heads(x, 0), self.heads(x, 1), index)  # [B, N, heads, K]
+        weights = masked_softmax(content + bias.transpose(1, 2).to(content.dtype), _seen(index, valid)[:, :, None])
+        return self.proj(gathered_sum(weights, values, index).flatten(2))
+
+    def macs(self, grid: Sequence[int]) -> int:
+        n = math.prod(grid)
+        return self._projection_macs(n) + 2 * n * math.prod(self._kernel) * self.dim
+
+    def _neighbors(self, x: Tensor, valid: Tensor | None, queries: Tensor | None) -> tuple[Tensor, Tensor]:
+        """[B|1, N, K] sources of each query, and [B|1, heads, N|1, K] the bias of each."""
+        grid, shifted = x.shape[1:-1], self.border == "shifted"
+        size = extents(valid) if valid is not None and shifted else None
+        sources, offsets = [], []
+        for axis, (n, kernel) in enumerate(zip(grid, self._kernel, strict=True)):
+            if shifted:
+                end = n if size is None else size[:, axis, None]
+                source, offset = shifted_neighbors(n, kernel, self.dilation, end, x.device)
+            else:
+                before = kernel - 1 if self.causal else kernel // 2
+                source, offset = centred_neighbors(n, kernel, self.dilation, before, x.device)
+            sources.append(source)
+            offsets.append(offset)
+        index, entry = join(sources, grid), join(offsets, [2 * k - 1 for k in self._kernel])
+        index, entry = (t if t.dim() == 3 else t[None] for t in (index, entry))
+        if queries is not None:
+            index = index[:, queries]
+            entry = entry[:, queries] if entry.shape[1] > 1 else entry
+        return index, self.rpb.flatten(1)[:, entry].transpose(0, 1)
+
+
+def centred_neighbors(n: int, kernel: int, dilation: int, before: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Along one axis: sources [n, K] (-1 outside), and table entries [1, K], the same for every query."""
+    tap = torch.arange(kernel, device=device)
+    source = torch.arange(n, device=device)[:, None] + dilation * (tap - before)
+    return torch.where((source >= 0) & (source < n), source, -1), (tap - before + kernel - 1)[None]
+
+
+def shifted_neighbors(
+    n: int, kernel: int, dilation: int, end: int | Tensor, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Along one axis of which `end` tokens are real ([B, 1] for each image): sources and entries [..., n, K].
+
+    Tokens i with the same i % dilation form a class; the neighborhood is moved inward within its class.
+    """
+    token, tap = torch.arange(n, device=device), torch.arange(kernel, device=device)
+    rank_in_class, first = token // dilation, token % dilation
+    in_class = (end - first + dilation - 1) // dilation
+    start = torch.minimum(rank_in_class - kernel // 2, in_class - kernel).clamp(min=0)
+    member = start[..., None] + tap
+    source = torch.where(member < in_class[..., None], first[:, None] + dilation * member, -1)
+    entry = (member - rank_in_class[:, None] + kernel - 1).clamp(0, 2 * kernel - 2)
+    return source, entry
+
+
+def _seen(index: Tensor, valid: Tensor | None) -> Tensor:
+    """[B|1, N, K]: slots that hold a real token."""
+    inside = index >= 0
+    return inside if valid is None else inside & pick(valid.flatten(1), index)

@@ -1,0 +1,137 @@
+"""CoAtNet's relative attention: content plus a learned bias for each offset."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from glocal.aggregation import Aggregation, grid_positions
+from glocal.mixer import per_axis
+from glocal.mixers._attention import Attention, mask_bias, masked_softmax, relative_positions, sdpa, table_parameter
+from glocal.mixers._grid import extents, join
+
+
+class RelativeAttention(Attention):
+    """Global attention with a bias for each offset and head: A = softmax(q k^T / sqrt(D) + P[query - source]).
+
+    A depthwise convolution of unlimited reach, shared by the channels of a head, joined with self-attention
+    before the softmax. Weights: [B, heads, N, N]: own for each image, head and query; dense.
+
+    Args:
+        dim: channels C.
+        grid_size: the grid that the table is made for; its length is the rank.
+        num_heads, head_dim: one of them; head_dim 32 where neither is given.
+        out_dim: channels of q, k, v and the output; dim by default.
+        qkv_bias: whether q, k and v have biases.
+        after_softmax: A = softmax(q k^T / sqrt(D)) + P, the paper's "post" variant.
+
+    Shape:
+        x [B, *S, C] -> [B, *S, out_dim], any S. `relative_position_bias_table` [heads, *(2*grid_size - 1)], entry
+        query - source + grid_size - 1 along each axis; at another size the table is resized linearly to 2*S - 1.
+
+    Cost: N*C*3*out_dim + 2*N^2*out_dim + N*out_dim^2 multiply-adds; the resize is not counted.
+
+    Raises:
+        ValueError: heads that do not divide the channels.
+
+    Source: Dai et al., CoAtNet, NeurIPS 2021, arXiv 2106.04803, section 2.1 (y_pre and y_post) and appendix A.1.
+    Differs from the paper: nothing; the official table is indexed by source - query, which mirrors it.
+    """
+
+    examples = (
+        "RelativeAttention(grid_size=(8, 8), num_heads=4)",
+        "RelativeAttention(grid_size=(13, 7), num_heads=2, out_dim=48, after_softmax=True)",
+        "RelativeAttention(grid_size=(16,), num_heads=4, qkv_bias=False)",
+    )
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        grid_size: Sequence[int],
+        num_heads: int | None = None,
+        head_dim: int | None = None,
+        out_dim: int | None = None,
+        qkv_bias: bool = True,
+        after_softmax: bool = False,
+    ) -> None:
+        grid_size = (grid_size,) if isinstance(grid_size, int) else tuple(grid_size)
+        super().__init__(
+            dim, num_heads=num_heads, head_dim=head_dim, out_dim=out_dim, qkv_bias=qkv_bias, rank=len(grid_size)
+        )
+        self.grid_size, self.after_softmax = per_axis("grid_size", grid_size, len(grid_size)), after_softmax
+        self.relative_position_bias_table = table_parameter(self.num_heads, *(2 * n - 1 for n in grid_size))
+
+    def scores(
+        self, x: Tensor, *, valid: Tensor | None = None, pos_embed: Tensor | None = None, queries: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        content = self._content(x, pos_embed, queries)
+        return (
+            {"content": content}
+            if self.after_softmax
+            else {"content": content, "position": self._bias(x, valid, queries)}
+        )
+
+    def weights(
+        self, x: Tensor, *, valid: Tensor | None = None, pos_embed: Tensor | None = None, queries: Tensor | None = None
+    ) -> Aggregation:
+        grid = tuple(x.shape[1:-1])
+        seen = None if valid is None else valid.flatten(1)[:, None, None]
+        content, bias = self._content(x, pos_embed, queries), self._bias(x, valid, queries)
+        if self.after_softmax:
+            weights = masked_softmax(content, seen) + bias
+            weights = weights if seen is None else weights * seen
+        else:
+            weights = masked_softmax(content + bias, seen)
+        places = grid_positions(grid, device=x.device)
+        return Aggregation(
+            weights,
+            None,
+            math.prod(grid),
+            places if queries is None else places[queries],
+            places,
+            grid if queries is None else (len(queries),),
+            grid,
+        )
+
+    def fast(
+        self, x: Tensor, values: Tensor, *, valid: Tensor | None = None, pos_embed: Tensor | None = None
+    ) -> Tensor:
+        x_at = x if pos_embed is None else x + pos_embed
+        q, k, position = self.heads(x_at, 0), self.heads(x_at, 1), self._bias(x, valid, None).to(x.dtype)
+        mask = None if valid is None else mask_bias(valid.flatten(1)[:, None, None], q.dtype)
+        if not self.after_softmax:
+            return self.proj(sdpa(q, k, values, bias=position if mask is None else position + mask))
+        static = torch.einsum("bgnm,bmgd->bngd", position, values).flatten(2)
+        return self.proj(sdpa(q, k, values, bias=mask) + static)
+
+    def macs(self, grid: Sequence[int]) -> int:
+        n = math.prod(grid)
+        return self._projection_macs(n) + 2 * n * n * self.out_dim
+
+    def _content(self, x: Tensor, pos_embed: Tensor | None, queries: Tensor | None) -> Tensor:
+        x = x if pos_embed is None else x + pos_embed
+        q = self.heads(x, 0)
+        return torch.einsum("bngd,bmgd->bgnm", q if queries is None else q[:, queries], self.heads(x, 1))
+
+    def _bias(self, x: Tensor, valid: Tensor | None, queries: Tensor | None) -> Tensor:
+        """[B|1, heads, N, N]: the table at this size, or at each image's own."""
+        grid = tuple(x.shape[1:-1])
+        if valid is None:
+            return self._bias_at(grid, grid, queries)[None]
+        return torch.stack([self._bias_at(tuple(size), grid, queries) for size in extents(valid).tolist()])
+
+    def _bias_at(self, size: Sequence[int], grid: Sequence[int], queries: Tensor | None) -> Tensor:
+        """[heads, N, N] on `grid`, with the table resized for `size`, which lies inside it."""
+        table = self.relative_position_bias_table
+        shape = [max(2 * n - 1, 1) for n in size]
+        mode = "linear" if self.rank == 1 else "bilinear"
+        table = nn.functional.interpolate(table[None], size=shape, mode=mode, align_corners=False)[0]
+        # entries beyond the image's own size belong to padding; any entry will do
+        offset = [
+            (relative_positions(n, table.device) - (n - s)).clamp(0, t - 1)
+            for n, s, t in zip(grid, size, shape, strict=True)
+        ]
+        entry = join(offset, shape)
+        return table.flatten(1)[:, entry if queries is None else entry[queries]]

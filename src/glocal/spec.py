@@ -1,0 +1,129 @@
+"""Text to operator: `build("SelfAttention(num_heads=4)", dim)`.
+
+A spec is a class name of `glocal.mixers` with keyword arguments that are literals or further specs. It is parsed,
+never evaluated. `repr` of a mixer is its canonical spec.
+"""
+
+import ast
+import difflib
+import importlib.util
+import inspect
+import re
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from glocal import mixers
+
+_OF_A_FILE = re.compile(r"(?P<path>[^()'\"]+\.py):(?P<call>.*)", re.DOTALL)
+
+
+def available() -> tuple[str, ...]:
+    """Names of all operators: the public classes of `glocal.mixers`."""
+    return tuple(sorted(name for name, value in vars(mixers).items() if _is_operator(name, value)))
+
+
+def build(spec: str | nn.Module, dim: int, **context: Any) -> nn.Module:
+    """Builds an operator from its spec.
+
+    Args:
+        spec: "DepthwiseConv(kernel_size=7)", "SelfAttention", "path/to/file.py:Shift(step=2)" for an operator of
+            the user's own, or a module, which is returned as it is.
+        dim: channels.
+        **context: further constructor arguments, such as rank or grid_size; each is used only if the operator has
+            that argument and the spec does not give it.
+
+    Raises:
+        ValueError: not a spec, an unknown operator or argument (the nearest valid one is named), or values that
+            the operator refuses.
+    """
+    if isinstance(spec, nn.Module):
+        return spec
+    text = spec.strip()
+    of_a_file = _OF_A_FILE.fullmatch(text)
+    operators = _classes_of(of_a_file["path"]) if of_a_file else {name: getattr(mixers, name) for name in available()}
+    call = of_a_file["call"] if of_a_file else text
+    try:
+        node = ast.parse(call, mode="eval").body
+    except SyntaxError as error:
+        raise ValueError(
+            f"spec: {text!r} cannot be read ({error.msg}); write it as Name(argument=value, ...)"
+        ) from None
+    return _build(node, text, dim, operators, context)
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """The end of an error message: what was probably meant, and what there is."""
+    valid = sorted(valid)
+    lower = {v.lower(): v for v in valid}
+    close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)
+    meant = f"did you mean {lower[close[0]]!r}? " if close else ""
+    return f"{meant}Valid: {', '.join(valid) or 'none'}"
+
+
+def _build(node: ast.expr, text: str, dim: int, operators: dict[str, type], context: dict[str, Any]) -> nn.Module:
+    name, keywords = _name_and_keywords(node, text)
+    if name not in operators:
+        raise ValueError(f"spec: {text!r} names an unknown operator {name!r}; {nearest(name, operators)}")
+    operator = operators[name]
+    parameters = [p for p in inspect.signature(operator).parameters if p != "dim"]
+    arguments = {key: value for key, value in context.items() if key in parameters}
+    if {"num_heads", "head_dim"} & keywords.keys():  # one replaces the other
+        arguments = {key: value for key, value in arguments.items() if key not in ("num_heads", "head_dim")}
+    for key, value in keywords.items():
+        if key not in parameters:
+            raise ValueError(f"spec: {text!r}: {name} has no argument {key!r}; {nearest(key, parameters)}")
+        arguments[key] = _value(value, text, dim, operators, context)
+    try:
+        return operator(dim, **arguments)
+    except TypeError as error:
+        raise ValueError(f"spec: {text!r} cannot be built: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _name_and_keywords(node: ast.expr, text: str) -> tuple[str, dict[str, ast.expr]]:
+    function = node.func if isinstance(node, ast.Call) else node
+    if not isinstance(function, ast.Name):
+        raise ValueError(f"spec: {text!r} is not an operator; write it as Name(argument=value, ...)")
+    if not isinstance(node, ast.Call):
+        return function.id, {}
+    if node.args or any(keyword.arg is None for keyword in node.keywords):
+        raise ValueError(f"spec: {text!r}: arguments must be named, as in {function.id}(argument=value)")
+    return function.id, {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg}
+
+
+def _value(node: ast.expr, text: str, dim: int, operators: dict[str, type], context: dict[str, Any]) -> Any:
+    called = node.func if isinstance(node, ast.Call) else node
+    if isinstance(called, ast.Name):
+        return _build(node, text, dim, operators, context)
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        raise ValueError(f"spec: {text!r}: {ast.unparse(node)!r} is no number, text, tuple or operator") from None
+
+
+@cache
+def _classes_of(path: str) -> dict[str, type]:
+    """Operators defined in a user's file, besides our own, which they may nest."""
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"spec: no file {path!r}; give the path of a Python file that defines the operator")
+    module_spec = importlib.util.spec_from_file_location(f"glocal_user_{file.stem}", file)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    ours = {name: getattr(mixers, name) for name in available()}
+    return ours | {name: value for name, value in vars(module).items() if _is_operator(name, value)}
+
+
+def _is_operator(name: str, value: Any) -> bool:
+    return (
+        isinstance(value, type)
+        and issubclass(value, nn.Module)
+        and not name.startswith("_")
+        and not inspect.isabstract(value)
+    )

@@ -1,0 +1,92 @@
+"""LocalMLP against a loop over windows, queries and sources."""
+
+import pytest
+import torch
+
+import glocal
+
+
+def oracle_of(mixer, window, heads, shift=0, projection=True):
+    """A window starts at every shift + m * window; an axis no longer than the window is not shifted."""
+
+    def linear(layer, x):
+        return x @ layer.weight.T + layer.bias if projection else x
+
+    def oracle(x, valid=None):
+        batch, *grid, dim = x.shape
+        values = linear(getattr(mixer, "v", None), x)
+        if valid is not None:
+            values = values * valid.unsqueeze(-1)
+        windows = {}  # window -> (place in the grid, place in the window) of its tokens
+        for index in torch.cartesian_prod(*map(torch.arange, grid)).view(-1, len(grid)).tolist():
+            shifted = [i - (shift if n > window else 0) for i, n in zip(index, grid, strict=True)]
+            inside = 0
+            for s in shifted:
+                inside = inside * window + s % window
+            windows.setdefault(tuple(s // window for s in shifted), []).append((tuple(index), inside))
+        mixed = torch.zeros(batch, *grid, heads, dim // heads, dtype=x.dtype)
+        for members in windows.values():
+            for query, row in members:
+                for source, column in members:
+                    value = values[(slice(None), *source)].view(batch, heads, -1)
+                    part = torch.zeros_like(mixed)
+                    part[(slice(None), *query)] = mixer.weight[:, row, column, None] * value
+                    mixed = mixed + part
+        return linear(getattr(mixer, "proj", None), mixed.flatten(-2))
+
+    return oracle
+
+
+CASES = [  # arguments, window, grid; 8 channels in 2 heads
+    ({}, 2, (4, 4)),
+    ({}, 3, (5, 4)),
+    ({}, 3, (2, 7)),
+    ({}, 4, (3, 2)),
+    ({"shift_size": 1}, 2, (4, 5)),
+    ({"shift_size": 1}, 3, (6, 3)),
+    ({"shift_size": 2}, 3, (4, 5)),
+    ({"shift_size": 2}, 4, (1, 6)),
+    ({"projection": False}, 3, (4, 5)),
+    ({"projection": False, "shift_size": 1}, 2, (3, 5)),
+    ({"rank": 1}, 4, (10,)),
+    ({"rank": 1, "shift_size": 2, "projection": False}, 3, (8,)),
+]
+
+
+def spec_of(window, arguments):
+    return f"LocalMLP(window_size={window}, num_heads=2{''.join(f', {k}={v}' for k, v in arguments.items())})"
+
+
+@pytest.mark.parametrize(("arguments", "window", "grid"), CASES)
+def test_is_a_static_sum_inside_each_window(build, check, tokens, arguments, window, grid):
+    mixer = build(spec_of(window, arguments), 8)
+    shift, projection = arguments.get("shift_size", 0), arguments.get("projection", True)
+    check(mixer, oracle_of(mixer, window, 2, shift, projection), tokens(2, *grid, 8))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "window", "extents"),
+    [
+        ({}, 3, [(4, 5), (2, 6)]),
+        ({"shift_size": 1}, 3, [(4, 5), (3, 7)]),
+        ({"shift_size": 2, "projection": False}, 4, [(5, 4), (2, 6)]),
+        ({"rank": 1, "shift_size": 1}, 2, [(5,), (2,)]),
+    ],
+)
+def test_padding_leaves_images_alone(build, check_padding, arguments, window, extents):
+    check_padding(build(spec_of(window, arguments), 8), extents, 8)
+
+
+def test_parameters():
+    def shapes(spec, dim):
+        return {k: tuple(v.shape) for k, v in glocal.build(spec, dim).named_parameters()}
+
+    square = {"v.weight": (64, 64), "v.bias": (64,), "proj.weight": (64, 64), "proj.bias": (64,)}
+    assert shapes("LocalMLP()", 64) == {"weight": (2, 49, 49), **square}
+    assert shapes("LocalMLP(window_size=4, head_dim=2, projection=False)", 8) == {"weight": (4, 16, 16)}
+    assert shapes("LocalMLP(window_size=4, num_heads=4, projection=False, rank=1)", 8) == {"weight": (4, 4, 4)}
+
+
+def test_weights_do_not_depend_on_the_image(build, tokens):
+    weights = build("LocalMLP(window_size=4, num_heads=2)", 16).weights(tokens(2, 8, 8, 16))
+    assert weights.weights.shape == (1, 2, 64, 16)

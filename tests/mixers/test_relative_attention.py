@@ -1,0 +1,146 @@
+"""RelativeAttention against timm's CoAtNet attention at its own size and against a loop at every size."""
+
+from functools import partial
+
+import pytest
+import torch
+from timm.layers import RelPosBias, RelPosBiasTf
+from timm.models.maxxvit import Attention2d, AttentionCl
+from torch.func import functional_call
+
+import glocal
+
+HEADS, DIM = 2, 8
+
+
+def spec_of(grid_size, **arguments):
+    options = {"grid_size": grid_size, "num_heads": HEADS, **arguments}
+    return f"RelativeAttention({', '.join(f'{k}={v}' for k, v in options.items())})"
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (3, 5), (5, 2), (1, 4)])
+def test_is_timms_attention_of_the_tensorflow_weights(build, check, tokens, grid):
+    """RelPosBiasTf counts from the query to the source, glocal and the paper from the source to the query."""
+    mixer = build(spec_of(grid), DIM)
+    bias = partial(RelPosBiasTf, window_size=grid)
+    attention = Attention2d(DIM, dim_head=4, head_first=False, rel_pos_cls=bias).double()
+
+    def oracle(x):
+        weights = {k: v[..., None, None] if "weight" in k else v for k, v in mixer.named_parameters()}
+        table = weights.pop("relative_position_bias_table")
+        weights["rel_pos.relative_position_bias_table"] = table.flip(1, 2)
+        return functional_call(attention, weights, x.movedim(-1, 1)).movedim(1, -1)
+
+    check(mixer, oracle, tokens(2, *grid, DIM))
+
+
+@pytest.mark.parametrize(("grid", "arguments"), [((4, 4), {}), ((3, 5), {}), ((3, 5), {"out_dim": 16, "num_heads": 4})])
+def test_is_timms_channels_last_attention(build, check, tokens, grid, arguments):
+    mixer = build(spec_of(grid, **arguments), DIM)
+    bias = partial(RelPosBias, window_size=grid)
+    out_dim = arguments.get("out_dim", DIM)
+    attention = AttentionCl(DIM, out_dim, dim_head=4, head_first=False, rel_pos_cls=bias).double()
+
+    def oracle(x):
+        weights = dict(mixer.named_parameters())
+        table = weights.pop("relative_position_bias_table")
+        weights["rel_pos.relative_position_bias_table"] = table.flatten(1).T
+        return functional_call(attention, weights, x)
+
+    check(mixer, oracle, tokens(2, *grid, DIM))
+
+
+def resized(table, grid):
+    """Bilinear to 2n - 1 entries an axis, by hand: centres of pixels at halves, the border pixel repeated."""
+    for axis, n in enumerate(grid, start=1):
+        old, new = table.shape[axis], 2 * n - 1
+        columns = []
+        for target in range(new):
+            place = max((target + 0.5) * old / new - 0.5, 0.0)
+            low = int(place)
+            high = min(low + 1, old - 1)
+            share = place - low
+            columns.append((1 - share) * table.select(axis, low) + share * table.select(axis, high))
+        table = torch.stack(columns, axis)
+    return table
+
+
+def by_loop(mixer, attend, places, after_softmax=False):
+    def oracle(x):
+        batch, *grid, _ = x.shape
+        where = places(grid)
+        table = resized(mixer.relative_position_bias_table, grid)
+
+        def bias(i, j):
+            (row, column), (source_row, source_column) = where[i], where[j]
+            return table[:, row - source_row + grid[0] - 1, column - source_column + grid[1] - 1]
+
+        q, k, v = mixer.qkv(x).reshape(batch, len(where), 3, HEADS, -1).unbind(2)
+        if not after_softmax:
+            mixed = attend(q, k, v, lambda b, i: list(range(len(where))), bias)
+        else:
+            mixed = attend(q, k, v, lambda b, i: list(range(len(where))))
+            added = torch.zeros_like(v).unbind(1)
+            for i in range(len(where)):
+                row = sum(bias(i, j).unsqueeze(-1) * v[:, j] for j in range(len(where)))
+                added = (*added[:i], row, *added[i + 1 :])
+            mixed = mixed + torch.stack(added, 1).flatten(2)
+        return mixer.proj(mixed).view(batch, *grid, -1)
+
+    return oracle
+
+
+SIZES = [  # grid the table is made for, grid
+    ((3, 4), (3, 4)),
+    ((3, 3), (4, 5)),
+    ((4, 5), (3, 2)),
+    ((2, 5), (5, 2)),
+    ((4, 3), (1, 6)),
+    ((1, 1), (2, 3)),
+]
+
+
+@pytest.mark.parametrize("after_softmax", [False, True])
+@pytest.mark.parametrize(("size", "grid"), SIZES)
+def test_is_the_loop_at_every_size(build, check, tokens, attend, places, size, grid, after_softmax):
+    mixer = build(spec_of(size, after_softmax=after_softmax), DIM)
+    check(mixer, by_loop(mixer, attend, places, after_softmax), tokens(2, *grid, DIM))
+
+
+def test_without_qkv_bias_is_the_loop(build, check, tokens, attend, places):
+    mixer = build(spec_of((3, 4), qkv_bias=False), DIM)
+    check(mixer, by_loop(mixer, attend, places), tokens(2, 3, 4, DIM))
+
+
+@pytest.mark.parametrize("after_softmax", [False, True])
+@pytest.mark.parametrize("grid", [(3, 4), (5, 2)])
+@pytest.mark.parametrize("impl", ["reference", "fast"])
+def test_zero_table_is_self_attention(build, tokens, grid, after_softmax, impl):
+    mixer = build(spec_of((3, 4), after_softmax=after_softmax), DIM)
+    plain = build(f"SelfAttention(num_heads={HEADS})", DIM)
+    mixer.impl = impl
+    with torch.no_grad():
+        mixer.relative_position_bias_table.zero_()
+    plain.load_state_dict({k: v for k, v in mixer.state_dict().items() if "table" not in k})
+    x = tokens(2, *grid, DIM)
+    torch.testing.assert_close(mixer(x), plain(x))
+
+
+@pytest.mark.parametrize("after_softmax", [False, True])
+@pytest.mark.parametrize("extents", [[(3, 4), (2, 5)], [(4, 5), (1, 2)]])
+def test_padding_leaves_images_alone(build, check_padding, extents, after_softmax):
+    check_padding(build(spec_of((3, 4), after_softmax=after_softmax), DIM), extents, DIM)
+
+
+def test_parameters():
+    shapes = {
+        k: tuple(v.shape)
+        for k, v in glocal.build("RelativeAttention(grid_size=(7, 5), out_dim=96)", 64).named_parameters()
+    }
+    assert shapes == {
+        "qkv.weight": (288, 64),
+        "qkv.bias": (288,),
+        "proj.weight": (96, 96),
+        "proj.bias": (96,),
+        "relative_position_bias_table": (3, 13, 9),
+    }

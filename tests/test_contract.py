@@ -1,0 +1,25 @@
+"""Every example of every operator keeps the contract."""
+
+import pytest
+
+from glocal import contract, mixers
+from glocal.spec import available
+
+CASES = [(spec, check, grid) for spec in contract.examples() for check, grid in contract.cases(spec)]
+
+
+@pytest.mark.parametrize(
+    ("spec", "check", "grid"), CASES, ids=[f"{c.__name__}-{s}-{'x'.join(map(str, g))}" for s, c, g in CASES]
+)
+def test_contract(spec, check, grid):
+    outcome = contract.run(spec, check, grid)
+    assert outcome.state != "broken", outcome.sentence
+
+
+@pytest.mark.parametrize("name", available())
+def test_examples_cover_both_ranks(name):
+    """A class without examples would keep any contract."""
+    for grid in ((13, 7), (21,)):
+        assert any(contract.fits(spec, grid) for spec in getattr(mixers, name).examples), (
+            f"no example of rank {len(grid)}"
+        )
