@@ -248,6 +248,7 @@ class TokenMixer(nn.Module, ABC):
             value = getattr(self, name)
             if isinstance(parameter.default, bool) and not isinstance(value, bool):
                 value = value is not None  # `bias` names the argument and the parameter it makes
+            value = tuple(value) if isinstance(value, list) else value
             if value != parameter.default and not (name == "out_dim" and value == self.dim):
                 given.append(f"{name}={value!r}")
         return f"{type(self).__name__}({', '.join(given)})"

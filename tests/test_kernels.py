@@ -1,0 +1,118 @@
+"""Kernels against plain loops, their derivatives, and torch.library's own checks."""
+
+import itertools
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+from glocal.kernels import gathered_scores, gathered_sum, local_sum
+
+B, N, M, G, D, K = 2, 4, 5, 2, 3, 3
+INDEX = torch.tensor([[0, 4, -1], [2, 2, 1], [-1, -1, -1], [3, 0, 4]])
+INDICES = (INDEX[None], torch.stack([INDEX, INDEX.flip(0)]))
+
+
+def random(*shape):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def slots(index):
+    """(image, query, slot, source) for every slot that holds a source."""
+    for b, n, t in itertools.product(range(B), range(N), range(K)):
+        source = int(index[b % len(index), n, t])
+        if source >= 0:
+            yield b, n, t, source
+
+
+@pytest.mark.parametrize("index", INDICES)
+def test_gathered_scores_is_the_loop(index):
+    q, k = random(B, N, G, D), random(B, M, G, D)
+    expected = torch.zeros(B, N, G, K, dtype=torch.float64)
+    for b, n, t, source in slots(index):
+        expected[b, n, :, t] = (q[b, n] * k[b, source]).sum(-1)
+    torch.testing.assert_close(gathered_scores(q, k, index), expected)
+
+
+@pytest.mark.parametrize("index", INDICES)
+def test_gathered_sum_is_the_loop(index):
+    w, v = random(B, N, G, K), random(B, M, G, D)
+    expected = torch.zeros(B, N, G, D, dtype=torch.float64)
+    for b, n, t, source in slots(index):
+        expected[b, n] = expected[b, n] + w[b, n, :, t, None] * v[b, source]
+    torch.testing.assert_close(gathered_sum(w, v, index), expected)
+
+
+@pytest.mark.parametrize("index", INDICES)
+@pytest.mark.parametrize("check", [gradcheck, gradgradcheck])
+def test_gathered_derivatives(index, check):
+    assert check(lambda q, k: gathered_scores(q, k, index), (random(B, N, G, D), random(B, M, G, D)))
+    assert check(lambda w, v: gathered_sum(w, v, index), (random(B, N, G, K), random(B, M, G, D)))
+
+
+def test_every_custom_op_passes_opcheck():
+    ops = {
+        "gathered_scores": (random(B, N, G, D), random(B, M, G, D), INDEX[None]),
+        "gathered_sum": (random(B, N, G, K), random(B, M, G, D), INDEX[None]),
+        "gathered_scatter": (random(B, N, G, K), random(B, N, G, D), INDEX[None], M),
+    }
+    registered = {
+        name.removeprefix("glocal::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("glocal::")
+    }
+    assert registered == set(ops)
+    for name, arguments in ops.items():
+        torch.library.opcheck(getattr(torch.ops.glocal, name).default, arguments)
+
+
+def test_custom_ops_are_counted():
+    with FlopCounterMode(display=False) as counter:
+        gathered_scores(random(B, N, G, D), random(B, M, G, D), INDEX[None])
+        gathered_sum(random(B, N, G, K), random(B, M, G, D), INDEX[None])
+    assert counter.get_total_flops() == 2 * 2 * B * N * G * D * K
+
+
+def test_gathered_shapes_are_checked():
+    with pytest.raises(ValueError, match=r"index: has shape \(1, 3, 3\)"):
+        gathered_scores(random(B, N, G, D), random(B, M, G, D), INDEX[None, :3])
+    with pytest.raises(ValueError, match="sources"):
+        gathered_sum(random(B, N, G, K), random(B + 1, M, G, D), INDEX[None])
+
+
+@pytest.mark.parametrize(
+    ("grid", "w_shape", "dilation"),
+    [
+        ((5, 4), (2, 5, 4, 2, 9), 1),
+        ((5, 4), (1, 1, 1, 4, 9), 2),
+        ((3, 6), (2, 1, 1, 1, 25), 1),
+        ((7,), (2, 7, 4, 3), 3),
+        ((1, 1), (1, 1, 1, 4, 9), 1),
+    ],
+)
+def test_local_sum_is_the_loop(grid, w_shape, dilation):
+    channels, rank = 4, len(grid)
+    x, w = random(2, *grid, channels), random(*w_shape)
+    taps = list(
+        itertools.product(
+            range(-((round(w_shape[-1] ** (1 / rank))) // 2), round(w_shape[-1] ** (1 / rank)) // 2 + 1), repeat=rank
+        )
+    )
+    full = w.expand(2, *grid, *w_shape[-2:])
+    expected = torch.zeros(2, *grid, channels, dtype=torch.float64)
+    for b, *at in itertools.product(range(2), *map(range, grid)):
+        for tap, offset in enumerate(taps):
+            source = tuple(p + dilation * o for p, o in zip(at, offset, strict=True))
+            if all(0 <= s < n for s, n in zip(source, grid, strict=True)):
+                for c in range(channels):
+                    group = c // (channels // w_shape[-2])
+                    expected[(b, *at, c)] += full[(b, *at, group, tap)] * x[(b, *source, c)]
+    torch.testing.assert_close(local_sum(x, w, dilation), expected)
+    assert gradcheck(lambda x, w: local_sum(x, w, dilation), (x, w), fast_mode=True)
+    assert gradgradcheck(lambda x, w: local_sum(x, w, dilation), (x, w), fast_mode=True)
+
+
+def test_local_sum_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match="K odd"):
+        local_sum(random(2, 5, 4, 4), random(1, 1, 1, 4, 16))
+    with pytest.raises(ValueError, match="3 groups do not divide the 4 channels"):
+        local_sum(random(2, 5, 4, 4), random(1, 1, 1, 3, 9))

@@ -1,0 +1,139 @@
+"""Text to operator: canonical forms, nesting, context, files of the user's own, and what bad specs are told."""
+
+import textwrap
+
+import pytest
+from torch import nn
+
+import glocal
+from glocal import contract, mixers
+from glocal.spec import available, build
+
+SHIFT = """
+    import torch
+    from glocal import Aggregation, TokenMixer
+    from glocal.aggregation import grid_positions
+
+
+    class Left(TokenMixer):
+        examples = ("Left()",)
+
+        def __init__(self, dim, *, step=1):
+            super().__init__(dim, rank=1)
+            self.step = step
+
+        def values(self, source):
+            return source.unsqueeze(2)
+
+        def weights(self, x):
+            n = x.shape[1]
+            index = (torch.arange(n) - self.step).clamp(min=-1).view(1, 1, n, 1)
+            places = grid_positions((n,))
+            return Aggregation(x.new_ones(1, 1, 1, 1), index, n, places, places, (n,), (n,))
+
+
+    class Both(torch.nn.Module):
+        def __init__(self, dim, *, first, second="GELU"):
+            super().__init__()
+            self.first, self.second = first, second
+
+        def forward(self, x):
+            return self.first(x)
+"""
+
+
+@pytest.fixture
+def user_file(tmp_path):
+    path = tmp_path / "my_ops.py"
+    path.write_text(textwrap.dedent(SHIFT))
+    return path
+
+
+def test_available_names_the_public_classes():
+    assert available() == tuple(sorted(n for n, v in vars(mixers).items() if isinstance(v, type)))
+    assert {"Convolution", "SelfAttention", "WindowAttention"} <= set(available())
+    assert glocal.available() == available()
+
+
+@pytest.mark.parametrize("spec", contract.examples())
+def test_repr_is_canonical(spec):
+    mixer = build(spec, 32)
+    again = build(repr(mixer), 32)
+    assert type(again) is type(mixer)
+    assert repr(again) == repr(mixer)
+    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in mixer.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("spec", "canonical"),
+    [
+        ("SelfAttention(head_dim=8)", "SelfAttention(num_heads=4)"),
+        ("SelfAttention", "SelfAttention(num_heads=1)"),
+        ("SelfAttention(out_dim=32, num_heads=2, causal=False)", "SelfAttention(num_heads=2)"),
+        ("DepthwiseConv(bias=False, kernel_size=5)", "DepthwiseConv(kernel_size=5, bias=False)"),
+        (" AveragePooling ( kernel_size = (3, 5) ) ", "AveragePooling(kernel_size=(3, 5))"),
+        ("LocalMLP(window_size=[3, 5], num_heads=4)", "LocalMLP(window_size=(3, 5), num_heads=4)"),
+    ],
+)
+def test_one_text_for_one_operator(spec, canonical):
+    assert repr(build(spec, 32)) == canonical
+
+
+def test_a_module_is_returned_as_it_is():
+    module = nn.Identity()
+    assert build(module, 32) is module
+
+
+def test_context_fills_only_what_the_spec_leaves_open_and_the_operator_has():
+    assert build("DepthwiseConv(kernel_size=3)", 32, rank=1, grid_size=(8,)).rank == 1
+    assert build("DepthwiseConv(kernel_size=3, rank=2)", 32, rank=1).rank == 2
+    assert build("RelativeAttention(num_heads=4)", 32, grid_size=(6, 5), rank=2).grid_size == (6, 5)
+    assert build("SelfAttention(num_heads=4)", 32, head_dim=16).num_heads == 4
+
+
+def test_a_users_own_file(user_file):
+    mixer = build(f"{user_file}:Left(step=2)", 8)
+    assert type(mixer).__name__ == "Left"
+    assert mixer.step == 2
+
+
+def test_specs_nest(user_file):
+    both = build(f"{user_file}:Both(first=DepthwiseConv(kernel_size=3), second=Left(step=3))", 8)
+    assert repr(both.first) == "DepthwiseConv(kernel_size=3)"
+    assert both.second.step == 3
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("SelfAtention(num_heads=4)", ["SelfAtention", "did you mean 'SelfAttention'?"]),
+        ("selfattention", ["did you mean 'SelfAttention'?"]),
+        ("SelfAttention(num_head=4)", ["num_head", "did you mean 'num_heads'?"]),
+        ("SelfAttention(4)", ["named", "SelfAttention(argument=value)"]),
+        ("SelfAttention(num_heads=4", ["cannot be read"]),
+        ("SelfAttention(num_heads=2 + 2)", ["2 + 2"]),
+        ("SelfAttention(num_heads=5)", ["SelfAttention", "5", "32"]),
+        ("SelfAttention(num_heads='4')", ["SelfAttention", "num_heads", "'4'"]),
+        ("DepthwiseConv(kernel_size=4)", ["kernel_size", "4", "odd"]),
+        ("DepthwiseConv(kernel_size=(3, 3, 3))", ["kernel_size", "3", "rank is 2"]),
+        ("DepthwiseConv(kernel_size=0)", ["kernel_size", "0", "positive"]),
+        ("DepthwiseConv(rank=3)", ["rank", "3"]),
+        ("RelativeAttention(num_heads=4)", ["grid_size"]),
+        ("WindowAttention(window_size=4, num_heads=4, shift_size=4)", ["shift_size", "4"]),
+        ("NeighborhoodAttention(num_heads=4, border='reflect')", ["border", "reflect", "shifted"]),
+        ("InhomogeneousDepthwiseConv(num_groups=5)", ["num_groups", "5", "32"]),
+        ("__import__('os').system('true')", ["not an operator"]),
+        ("nowhere.py:Left", ["nowhere.py", "no file"]),
+        ("", ["cannot be read"]),
+    ],
+)
+def test_a_bad_spec_is_told_what_is_wrong(spec, words):
+    with pytest.raises(ValueError) as raised:
+        build(spec, 32)
+    for word in words:
+        assert word in str(raised.value)
+
+
+def test_a_file_without_the_operator(user_file):
+    with pytest.raises(ValueError, match="did you mean 'Left'"):
+        build(f"{user_file}:Lefft", 8)
