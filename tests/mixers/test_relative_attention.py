@@ -127,6 +127,34 @@ def test_zero_table_is_self_attention(build, tokens, grid, after_softmax, impl):
 
 
 @pytest.mark.parametrize("after_softmax", [False, True])
+def test_positions_go_to_queries_and_keys_only(build, tokens, attend, after_softmax):
+    """The bias is zero here, so that what is left is plain attention."""
+    mixer = build(spec_of((3, 4), after_softmax=after_softmax), DIM)
+    with torch.no_grad():
+        mixer.relative_position_bias_table.zero_()
+
+    def oracle(x, pos_embed):
+        q, k, _ = mixer.qkv(x + pos_embed).reshape(2, 12, 3, HEADS, -1).unbind(2)
+        v = mixer.qkv(x).reshape(2, 12, 3, HEADS, -1)[:, :, 2]
+        return mixer.proj(attend(q, k, v, lambda b, i: list(range(12)))).view(x.shape)
+
+    x, positions = tokens(2, 3, 4, DIM), tokens(2, 3, 4, DIM)
+    for mixer.impl in ("reference", "fast"):
+        torch.testing.assert_close(mixer(x, pos_embed=positions), oracle(x, positions))
+
+
+@pytest.mark.parametrize("after_softmax", [False, True])
+def test_padding_has_no_weight(build, tokens, after_softmax):
+    """Nor may the bias after the softmax give it any."""
+    valid = torch.zeros(2, 3, 4, dtype=torch.bool)
+    valid[0] = valid[1, :2, :3] = True
+    weights = build(spec_of((3, 4), after_softmax=after_softmax), DIM).weights(tokens(2, 3, 4, DIM), valid=valid)
+    dense = weights.dense().movedim(-1, 1)  # [B, M, heads, N]
+    assert (dense[~valid.flatten(1)] == 0).all()
+    assert (dense[valid.flatten(1)] != 0).all()
+
+
+@pytest.mark.parametrize("after_softmax", [False, True])
 @pytest.mark.parametrize("extents", [[(3, 4), (2, 5)], [(4, 5), (1, 2)]])
 def test_padding_leaves_images_alone(build, check_padding, extents, after_softmax):
     check_padding(build(spec_of((3, 4), after_softmax=after_softmax), DIM), extents, DIM)

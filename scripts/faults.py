@@ -1,0 +1,896 @@
+"""The faults that scripts/mutate plants: each breaks one promise, and a test has to notice."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One change of the code for the worse."""
+
+    file: str
+    old: str  # occurs exactly once in the file
+    new: str
+    breaks: str
+    tests: tuple[str, ...]  # arguments of pytest, tried in this order until one fails
+
+    def __str__(self) -> str:
+        return f"{self.file.removeprefix('src/glocal/')}: {self.breaks}"
+
+
+def _core(file: str, *tests: str) -> "_Of":
+    return _Of(file, tuple(f"tests/{test}" for test in tests))
+
+
+def _operator(name: str, stem: str, file: str | None = None) -> "_Of":
+    """Faults that an operator's own tests should find, or else the contract; in a file that it shares, if given."""
+    return _Of(file or f"mixers/{stem}.py", (f"tests/mixers/test_{stem}.py", f"tests/test_contract.py -k=-{name}"))
+
+
+@dataclass(frozen=True)
+class _Of:
+    file: str
+    tests: tuple[str, ...]
+
+    def __call__(self, breaks: str, old: str, new: str) -> Fault:
+        return Fault(f"src/glocal/{self.file}", old, new, breaks, self.tests)
+
+
+_AGGREGATION = _core("aggregation.py", "test_aggregation.py", "test_mutants.py")
+_PLACES = _core("aggregation.py", "test_aggregation.py", "test_mixer.py")
+_MIXER = _core("mixer.py", "test_mixer.py", "test_spec.py")
+_BY_VALID = _core("mixer.py", "mixers/test_convolution.py")
+_BY_CACHE = _core("mixer.py", "test_mixer.py", "mixers/test_self_attention.py")
+_BY_STATISTICS = _core("mixer.py", "mixers/test_dynamic_depthwise_conv.py")
+_BY_CONTRACT = _core("mixer.py", "test_contract.py -k='declared_cost or shapes_are_refused or query_subset'")
+_SPEC = _core("spec.py", "test_spec.py")
+_INSPECTION = _core("inspection.py", "test_inspection.py", "test_mutants.py")
+_GATHERED = _core("kernels/gathered.py", "test_kernels.py", "test_mutants.py")
+_CONTRACT = _core("contract.py", "test_mutants.py")
+_EVIDENCE = _core("evidence.py", "test_mutants.py")
+_LOCAL_SUM = _core("kernels/local_sum.py", "test_kernels.py", "test_mutants.py")
+
+_CORE = (
+    _AGGREGATION(
+        "dense() counts slots outside the grid for the first source",
+        "index = torch.where(index < 0, outside, index)",
+        "index = torch.where(index < 0, 0, index)",
+    ),
+    _AGGREGATION(
+        "dense() gives sources by queries",
+        "scatter_add(-1, index, weights)[..., :outside]",
+        "scatter_add(-1, index, weights)[..., :outside].mT",
+    ),
+    _AGGREGATION(
+        "a slot outside multiplies its weight with zero, which an infinite weight turns to NaN",
+        "    weights = torch.where(a.index < 0, 0, weights)\n    index",
+        "    index",
+    ),
+    _AGGREGATION(
+        "a slot outside multiplies the first source with zero, which an infinite value turns to NaN",
+        "torch.where(a.index < 0, a.num_sources, a.index)",
+        "a.index.clamp(min=0)",
+    ),
+    _AGGREGATION(
+        "coalesce() keeps one of the weights that a source has, not their sum",
+        "torch.zeros_like(weights).scatter_add(-1, slot, weights)",
+        "torch.zeros_like(weights).scatter(-1, slot, weights)",
+    ),
+    _AGGREGATION(
+        "coalesce() sorts the sources and leaves their weights where they were",
+        "        weights = weights.gather(-1, order)\n",
+        "",
+    ),
+    _AGGREGATION(
+        "cat() joins the parts from last to first",
+        "weights=torch.cat(weights, 1), index=torch.cat(index, 1)",
+        "weights=torch.cat(weights[::-1], 1), index=torch.cat(index[::-1], 1)",
+    ),
+    _AGGREGATION(
+        "cat() fills short rows with the first source, and weights of one",
+        "slots, 0.0).expand(batch, -1, -1, -1) for w, _ in written]\n    index = [_pad_slots(i, slots, -1)",
+        "slots, 1.0).expand(batch, -1, -1, -1) for w, _ in written]\n    index = [_pad_slots(i, slots, 0)",
+    ),
+    _AGGREGATION(
+        "select() takes the sources of the query before",
+        "index = index[:, :, queries]",
+        "index = index[:, :, queries - 1]",
+    ),
+    _AGGREGATION(
+        "select() says the positions of the first queries",
+        "query_positions=self.query_positions[queries]",
+        "query_positions=self.query_positions[: len(queries)]",
+    ),
+    _AGGREGATION(
+        "the output has channels before groups",
+        "return mixed.expand(batch, queries, groups, dim).reshape(",
+        "return mixed.expand(batch, queries, groups, dim).transpose(2, 3).reshape(",
+    ),
+    _PLACES(
+        "positions count the columns first",
+        'indexing="ij"',
+        'indexing="xy"',
+    ),
+    _PLACES(
+        "positions are moved by the offset the wrong way",
+        "dtype=torch.float32) - o) / s",
+        "dtype=torch.float32) + o) / s",
+    ),
+    _PLACES(
+        "positions are multiplied by the stride",
+        "dtype=torch.float32) - o) / s",
+        "dtype=torch.float32) - o) * s",
+    ),
+    _BY_VALID(
+        "values of padding are not zeroed",
+        'values.masked_fill(~call["valid"].reshape(*values.shape[:2], 1, 1), 0)',
+        "values",
+    ),
+    _BY_CACHE(
+        "a cache puts new tokens before old ones",
+        "torch.cat([past, new], dim=1)",
+        "torch.cat([new, past], dim=1)",
+    ),
+    _BY_CACHE(
+        "asking for weights moves the cache on",
+        "        return self._joined[name]",
+        "        self._past[name] = self._joined[name]\n        return self._joined[name]",
+    ),
+    _BY_CACHE(
+        "the fast path forgets to move the cache on",
+        "            cache.commit()",
+        "            pass",
+    ),
+    _BY_CACHE(
+        "the definition forgets to move the cache on",
+        'call["cache"].commit()',
+        "pass",
+    ),
+    _MIXER(
+        "a forced fast path falls back in silence",
+        'if self.impl == "fast":',
+        'if self.impl == "never":',
+    ),
+    _BY_CONTRACT(
+        "the counted cost is in operations, twice the multiply-adds",
+        "counter.get_total_flops() // 2",
+        "counter.get_total_flops()",
+    ),
+    _BY_CONTRACT(
+        "`valid` of another shape is taken",
+        "or valid[0:1].numel() != math.prod(tokens[1:])",
+        "or valid[0:1].numel() < math.prod(tokens[1:])",
+    ),
+    _BY_CONTRACT(
+        "a subset of the queries gives all rows of the weights",
+        'if queries is not None and "queries" not in self._takes["_weights"] else found',
+        "if False else found",
+    ),
+    _BY_STATISTICS(
+        "looking moves the batch norm's statistics",
+        'taken["update_statistics"] = update and self.training',
+        'taken["update_statistics"] = self.training',
+    ),
+    _BY_STATISTICS(
+        "a forward pass does not move the batch norm's statistics",
+        'taken["update_statistics"] = update and self.training',
+        'taken["update_statistics"] = False',
+    ),
+    _MIXER(
+        "repr leaves out what is not the default for a flag",
+        "if value != parameter.default and not (",
+        "if value != parameter.default and not isinstance(value, bool) and not (",
+    ),
+    _MIXER(
+        "repr leaves out out_dim",
+        '(name == "out_dim" and value == self.dim)',
+        '(name == "out_dim")',
+    ),
+    _MIXER(
+        "head_dim is taken for the number of heads",
+        "        return dim // head_dim",
+        "        return head_dim",
+    ),
+    _MIXER(
+        "even kernels are taken",
+        "if any(size % 2 == 0 for size in sizes):",
+        "if any(size < 1 for size in sizes):",
+    ),
+    _MIXER(
+        "class tokens in front are dropped in silence by operators that have no place for them",
+        "                if prefix:\n                    raise ValueError(",
+        "                x = x[:, prefix:]\n                if prefix < 0:\n                    raise ValueError(",
+    ),
+    _MIXER(
+        "a call with an argument that only the definition takes is answered by the fast path",
+        'if name not in self._takes["fast"] and',
+        'if name not in self._takes["fast"] and name not in ARGUMENTS and',
+    ),
+    _SPEC(
+        "the context overrides what the spec gives",
+        "arguments[key] = _value(value, text, dim, operators, context)",
+        "arguments.setdefault(key, _value(value, text, dim, operators, context))",
+    ),
+    _SPEC(
+        "a head_dim of the context meets num_heads of the spec",
+        'if {"num_heads", "head_dim"} & keywords.keys():',
+        "if False:",
+    ),
+    _SPEC(
+        "arguments without a name are dropped",
+        "if node.args or any(",
+        "if any(",
+    ),
+    _SPEC(
+        "nested specs do not know the operators of the user's file",
+        "        return _build(node, text, dim, operators, context)\n    try:",
+        "        ours = {name: getattr(mixers, name) for name in available()}\n"
+        "        return _build(node, text, dim, ours, context)\n    try:",
+    ),
+    _SPEC(
+        "the nearest name is the first one",
+        "lower[close[0]]",
+        "valid[0]",
+    ),
+    _INSPECTION(
+        "a tensor that was changed in place is not noticed",
+        "if now.get(name) != version and name in now}",
+        "if now.get(name, 0) < version}",
+    ),
+    _INSPECTION(
+        "an output that was changed in place is not noticed",
+        '    tensors["its output"] = output\n',
+        "",
+    ),
+    _INSPECTION(
+        "a parameter that was changed is not noticed",
+        'tensors |= {f"its parameter {name}": value for name, value in mixer.named_parameters()}',
+        "tensors |= {}",
+    ),
+    _INSPECTION(
+        "weights that do not rebuild the output are shown",
+        "if not error <= tolerance:",
+        "if error < 0:",
+    ),
+    _INSPECTION(
+        "a call in training is looked at in whatever mode the mixer is now",
+        "        self.mixer.train(self._training)\n",
+        "",
+    ),
+    _INSPECTION(
+        "looking leaves the mixer in the mode of the call",
+        "self.mixer.train(was_training)",
+        "self.mixer.train(self._training)",
+    ),
+    _INSPECTION(
+        "the cache is recorded itself, not what it held before the call",
+        "value.copy() if isinstance(value, Cache) else value",
+        "value",
+    ),
+    _INSPECTION(
+        "the recording goes on after the block",
+        "            hook.remove()",
+        "            pass",
+    ),
+    _INSPECTION(
+        "a compiled part is passed over",
+        "isinstance(module, torch._dynamo.OptimizedModule)",
+        "False",
+    ),
+    _INSPECTION(
+        "queries of queries are taken for queries of all",
+        "queries if asked is None else asked[queries]",
+        "queries",
+    ),
+    _GATHERED(
+        "a score of an empty slot is that with the first source",
+        "(q.to(wide) * picked.to(wide)).sum(-1) * inside",
+        "(q.to(wide) * picked.to(wide)).sum(-1)",
+    ),
+    _GATHERED(
+        "the sum counts empty slots for the first source",
+        "(w[..., slot].to(wide) * inside)[..., None])",
+        "w[..., slot].to(wide)[..., None])",
+    ),
+    _GATHERED(
+        "the gradient of the weights has the wrong sign",
+        "gathered_scores(grad, v, index) if need_w",
+        "-gathered_scores(grad, v, index) if need_w",
+    ),
+    _GATHERED(
+        "the gradient of the keys counts empty slots for the first source",
+        "((w[..., slot].to(wide) * inside)[..., None] * y.to(wide))",
+        "(w[..., slot].to(wide)[..., None] * y.to(wide))",
+    ),
+    _GATHERED(
+        "a second derivative, that of the scatter by its vectors, is missing",
+        "gathered_sum(w, grad, index) if need_y",
+        "torch.zeros_like(y) if need_y",
+    ),
+    _GATHERED(
+        "images after the first read another image's sources",
+        "torch.arange(batch, device=index.device).view(-1, 1, 1) * num_sources",
+        "torch.arange(batch, device=index.device).view(-1, 1, 1) * index.shape[1]",
+    ),
+    _GATHERED(
+        "the kernel's cost is half of what it does",
+        "    return 2 * q.numel() * index[-1]",
+        "    return q.numel() * index[-1]",
+    ),
+    _LOCAL_SUM(
+        "taps are next to each other whatever the dilation",
+        "narrow(axis + 1, o * dilation, ",
+        "narrow(axis + 1, o, ",
+    ),
+    _LOCAL_SUM(
+        "taps come column by column",
+        "enumerate(offset):",
+        "enumerate(reversed(offset)):",
+    ),
+    _LOCAL_SUM(
+        "channels of a group lie apart",
+        ".unflatten(-1, (w.shape[-2], -1))",
+        ".unflatten(-1, (-1, w.shape[-2])).transpose(-1, -2)",
+    ),
+    _LOCAL_SUM(
+        "sums are taken in bfloat16",
+        "wide = torch.promote_types(torch.promote_types(x.dtype, w.dtype), torch.float32)",
+        "wide = torch.promote_types(x.dtype, w.dtype)",
+    ),
+    _GATHERED(
+        "sums are taken in bfloat16",
+        "    return torch.promote_types(tensor.dtype, torch.float32)",
+        "    return tensor.dtype",
+    ),
+    _CONTRACT(
+        "a broken promise counts as refused",
+        'return Outcome(*about, "broken", str(error))',
+        'return Outcome(*about, "refused", str(error))',
+    ),
+    _CONTRACT(
+        "the definition may be called by a forced fast path",
+        "    mixer.reference = forbidden",
+        "    mixer.macs = forbidden",
+    ),
+    _CONTRACT(
+        "weights above the diagonal and later tokens are not looked at",
+        'if not getattr(mixer, "causal", False):',
+        'if getattr(mixer, "causal", False):',
+    ),
+    _CONTRACT(
+        "one of the checks runs on no grid",
+        "yield from ((check, grid) for grid in grids if fits(spec, grid))",
+        "yield from ((check, grid) for grid in grids if fits(spec, grid) and check is not exports)",
+    ),
+    _EVIDENCE(
+        "values may differ by anything",
+        "if not error <= relative * max(largest, 1e-3):",
+        "if error < 0:",
+    ),
+    _EVIDENCE(
+        "a failed numerical derivative passes",
+        "    except GradcheckError as error:\n",
+        "    except GradcheckError as error:\n        return\n",
+    ),
+    _EVIDENCE(
+        "bfloat16 may be off by the largest entry",
+        "torch.finfo(dtype).eps * largest)",
+        "largest)",
+    ),
+)
+
+_POOLING = _operator("AveragePooling", "average_pooling")
+_AVERAGE_POOLING = (
+    _POOLING(
+        "an even window of the definition has its centre right of the middle",
+        "left = centre_padding(kernel)",
+        "left = tuple(k // 2 for k in kernel)",
+    ),
+    _POOLING(
+        "an even window of the fast path has its centre right of the middle",
+        "ends = [(p, k - 1 - p)",
+        "ends = [(k - 1 - p, p)",
+    ),
+    _POOLING(
+        "the definition counts padding in the mean",
+        "(index >= 0) & pick(valid.flatten(1), index)",
+        "(index >= 0).expand(len(valid), -1, -1)",
+    ),
+    _POOLING(
+        "the fast path divides nothing by nothing where no token counts",
+        "torch.where(share > 0, share, 1)",
+        "share",
+    ),
+    _POOLING(
+        "count_include_pad means its opposite in the fast path",
+        "if not self.count_include_pad:\n            grid",
+        "if self.count_include_pad:\n            grid",
+    ),
+    _core("mixers/average_pooling.py", "test_mixer.py", "mixers/test_average_pooling.py")(
+        "sources of an even window are placed on the wrong side of the query",
+        "offset=[(k - 1) / 2 - p for",
+        "offset=[p - (k - 1) / 2 for",
+    ),
+    _core("mixers/average_pooling.py", "test_mutants.py")(
+        "the first length of a kernel is taken for that of the columns",
+        'self._kernel = per_axis("kernel_size", kernel_size, rank)',
+        'self._kernel = per_axis("kernel_size", kernel_size, rank)[::-1]',
+    ),
+)
+
+_DENSE = _operator("Convolution", "convolution")
+_CONVOLUTION = (
+    _DENSE(
+        "the heads' offsets are mirrored",
+        "index.T[None, :, :, None]",
+        "index.T.flip(0)[None, :, :, None]",
+    ),
+    _DENSE(
+        "channels of a convolution group lie apart in the definition",
+        "mixed.unflatten(-1, (taps, self.groups, -1))",
+        "mixed.unflatten(-1, (taps, -1, self.groups)).transpose(-1, -2)",
+    ),
+    _DENSE(
+        "a dilated kernel of the definition is not centred",
+        "left=centre_padding(kernel, self.dilation)",
+        "left=centre_padding(kernel)",
+    ),
+    _DENSE(
+        "the fast path has no bias",
+        "            self.weight,\n            self.bias,",
+        "            self.weight,\n            None,",
+    ),
+    _DENSE(
+        "the cost of a grouped convolution is that of a full one",
+        "* self.dim * self.out_dim // self.groups",
+        "* self.dim * self.out_dim",
+    ),
+    _operator("Convolution", "convolution", "mixers/_grid.py")(
+        "a stride starts at its last position",
+        "torch.arange(0, n, stride, device=device) - left",
+        "torch.arange(0, n, stride, device=device) + stride - 1 - left",
+    ),
+    _operator("Convolution", "convolution", "mixers/_grid.py")(
+        "a tap left of the grid reads from its right end",
+        "torch.where((position >= 0) & (position < n), position, -1)",
+        "torch.where(position < n, position % n, -1)",
+    ),
+    _operator("Convolution", "convolution", "mixers/_library.py")(
+        "a 1-D convolution is not dilated",
+        "(1, stride), (0, *padding), (1, dilation), groups",
+        "(1, stride), (0, *padding), 1, groups",
+    ),
+    _operator("Convolution", "convolution", "mixers/_library.py")(
+        "output lengths are rounded down",
+        "(n + stride - 1) // stride for n",
+        "n // stride for n",
+    ),
+)
+
+_DEPTHWISE = _operator("DepthwiseConv", "depthwise_conv")
+_DEPTHWISE_CONV = (
+    _DEPTHWISE(
+        "the kernel's axes are exchanged in the definition",
+        "self.weight.flatten(1)[None, :, None]",
+        "self.weight.transpose(-1, -2).flatten(1)[None, :, None]",
+    ),
+    _DEPTHWISE(
+        "the definition's taps are not dilated",
+        "            stride=self.stride,\n            dilation=self.dilation,\n            left=",
+        "            stride=self.stride,\n            left=",
+    ),
+    _DEPTHWISE(
+        "the fast path has no bias",
+        "            self.weight,\n            self.bias,",
+        "            self.weight,\n            None,",
+    ),
+    _core("mixers/depthwise_conv.py", "test_mixer.py", "mixers/test_depthwise_conv.py")(
+        "the sources of a strided convolution are placed in their own tokens",
+        "grid_positions(grid, stride=self.stride, device=x.device)",
+        "grid_positions(grid, device=x.device)",
+    ),
+    _operator("DepthwiseConv", "depthwise_conv", "mixers/_grid.py")(
+        "rows are as long as the grid is high",
+        "row * size + column, -1)",
+        "row * sizes[0] + column, -1)",
+    ),
+)
+
+_D_DW = _operator("DynamicDepthwiseConv", "dynamic_depthwise_conv")
+_NORM = _operator("DynamicDepthwiseConv", "dynamic_depthwise_conv", "mixers/_norm.py")
+_DYNAMIC = (
+    _D_DW(
+        "predicted kernels are read tap by tap, not channel by channel",
+        "unflatten(-1, (self.dim, -1))",
+        "unflatten(-1, (-1, self.dim)).transpose(-1, -2)",
+    ),
+    _D_DW(
+        "the prediction divides by all tokens, not the real ones",
+        "/ real.sum(1).clamp(min=1)",
+        "/ real.shape[1]",
+    ),
+    _D_DW(
+        "the prediction averages what stands in the padding",
+        ".masked_fill(~real, 0).sum(1)",
+        ".sum(1)",
+    ),
+    _D_DW(
+        "the prediction has no ReLU",
+        "update=update).relu()",
+        "update=update)",
+    ),
+    _D_DW(
+        "the fast path has no bias",
+        "return self.project(back(out.view(planes.shape), len(self._kernel)))",
+        "return back(out.view(planes.shape), len(self._kernel))",
+    ),
+    _D_DW(
+        "the cost leaves out the prediction",
+        " + hidden * self.dim * (1 + taps)",
+        "",
+    ),
+    _NORM(
+        "running variances are biased",
+        "unbiased = variance.detach() * (count / (count - 1))",
+        "unbiased = variance.detach()",
+    ),
+    _NORM(
+        "training normalises by the unbiased variance",
+        "return self._normalise(x, mean, variance)",
+        "return self._normalise(x, mean, variance * x[..., 0].numel() / (x[..., 0].numel() - 1))",
+    ),
+    _NORM(
+        "without momentum, statistics are the last batch's",
+        "share = 1 / self.num_batches_tracked if",
+        "share = torch.ones(()) if",
+    ),
+    _NORM(
+        "one value per channel is taken for a batch",
+        "if count == 1:",
+        "if count == 0:",
+    ),
+    _core("mixers/dynamic_depthwise_conv.py", "test_mutants.py")(
+        "the first length of a kernel is taken for that of the columns",
+        'self._kernel = odd_kernel("kernel_size", kernel_size, rank)',
+        'self._kernel = odd_kernel("kernel_size", kernel_size, rank)[::-1]',
+    ),
+)
+
+_I_D_DW = _operator("InhomogeneousDepthwiseConv", "inhomogeneous_depthwise_conv")
+_INHOMOGENEOUS = (
+    _I_D_DW(
+        "predicted kernels are read tap by tap, not group by group",
+        "self.conv2(hidden).unflatten(-1, (self.num_groups, -1))",
+        "self.conv2(hidden).unflatten(-1, (-1, self.num_groups)).transpose(-1, -2)",
+    ),
+    _I_D_DW(
+        "channels of a group lie apart in the values",
+        "source.flatten(1, -2).unflatten(-1, (self.num_groups, -1))",
+        "source.flatten(1, -2).unflatten(-1, (-1, self.num_groups)).transpose(-1, -2)",
+    ),
+    _I_D_DW(
+        "the batch norm's statistics count padding",
+        "self.bn(self.conv1(x), valid, update=update)",
+        "self.bn(self.conv1(x), update=update)",
+    ),
+    _I_D_DW(
+        "the definition gives positions the kernels of the transposed grid",
+        "update=update_statistics).flatten(1, -3).transpose(1, 2)",
+        "update=update_statistics).transpose(1, -3).flatten(1, -3).transpose(1, 2)",
+    ),
+    _I_D_DW(
+        "the prediction has no ReLU",
+        "update=update).relu()",
+        "update=update)",
+    ),
+    _operator("InhomogeneousDepthwiseConv", "inhomogeneous_depthwise_conv", "mixers/_norm.py")(
+        "running variances of padded batches are biased",
+        "unbiased = variance.detach() * total / (total - 1).clamp(min=1)",
+        "unbiased = variance.detach()",
+    ),
+)
+
+_MLP = _operator("LocalMLP", "local_mlp")
+_LOCAL_MLP = (
+    _MLP(
+        "query and source are exchanged in the definition",
+        "self.weight[:, place].transpose(0, 1)",
+        "self.weight.mT[:, place].transpose(0, 1)",
+    ),
+    _MLP(
+        "query and source are exchanged in the fast path",
+        '"gqk,bwkgd->bwqgd"',
+        '"gkq,bwkgd->bwqgd"',
+    ),
+    _MLP(
+        "empty places of a window hold the first token",
+        "pick(values, sources) * (sources >= 0)[..., None, None]",
+        "pick(values, sources)",
+    ),
+    _MLP(
+        "windows of a padded image are cut by the batch's size",
+        "self.shift_size, valid, x.device)",
+        "self.shift_size, None, x.device)",
+    ),
+    _MLP(
+        "all heads mix places as the first one does",
+        "self.weight.to(v.dtype), v)",
+        "self.weight[:1].expand_as(self.weight).to(v.dtype), v)",
+    ),
+    _operator("LocalMLP", "local_mlp", "mixers/_grid.py")(
+        "windows are shifted the other way",
+        "shifted = (window - shift) % window",
+        "shifted = shift % window",
+    ),
+    _operator("LocalMLP", "local_mlp", "mixers/_grid.py")(
+        "an axis as long as the window is shifted",
+        "(0 if n <= window else shifted)",
+        "(0 if n < window else shifted)",
+    ),
+    _core("mixers/local_mlp.py", "test_mutants.py")(
+        "the first length of a window is taken for that of the columns",
+        'self._window = per_axis("window_size", window_size, rank)',
+        'self._window = per_axis("window_size", window_size, rank)[::-1]',
+    ),
+)
+
+_WINDOW = _operator("WindowAttention", "window_attention")
+_WINDOWS = _operator("WindowAttention", "window_attention", "mixers/_grid.py")
+_WINDOW_ATTENTION = (
+    _WINDOWS(
+        "the bias table is flipped: source minus query",
+        "each.append(place[:, None] - place + size - 1)",
+        "each.append(place - place[:, None] + size - 1)",
+    ),
+    _WINDOWS(
+        "wrapping windows are shifted the other way",
+        "torch.where(place < n, (place + shift) % n, place)",
+        "torch.where(place < n, (place - shift) % n, place)",
+    ),
+    _WINDOWS(
+        "tokens that wrap around are seen by those they are wrapped to",
+        "(place >= count * window - shift).long()",
+        "0",
+    ),
+    _core("mixers/_grid.py", "mixers/test_window_attention.py", "test_mutants.py")(
+        "real tokens with a hole between them are taken for a rectangle",
+        "if not torch.compiler.is_compiling() and not torch.equal(inside, valid):",
+        "if False:",
+    ),
+    _WINDOWS(
+        "a padded image that is no longer than the window is shifted",
+        "torch.where(extent > window, shifted, 0)",
+        "torch.where(extent > 0, shifted, 0)",
+    ),
+    _WINDOW(
+        "the definition sees across regions",
+        "seen = windows.together()[window, place]",
+        "seen = torch.ones_like(windows.together())[window, place]",
+    ),
+    _WINDOW(
+        "the fast path sees empty places",
+        "seen = (sources >= 0)[:, :, None] & windows.together()",
+        "seen = (sources >= -1)[:, :, None] & windows.together()",
+    ),
+    _WINDOW(
+        "all heads have the first one's bias",
+        "[windows.offsets(self._window)].movedim(-1, 0)",
+        "[windows.offsets(self._window)][..., :1].movedim(-1, 0)",
+    ),
+    _WINDOW(
+        "padding is taken without a word where it would be seen",
+        "if valid is not None and not self.mask_padding:",
+        "if False:",
+    ),
+    _WINDOW(
+        "the cost leaves out the padded keys and values",
+        "math.prod(grid if self.mask_padding else self._padded_grid(grid))",
+        "math.prod(grid)",
+    ),
+    _core("mixers/window_attention.py", "test_mutants.py")(
+        "positions of a subset of the queries are those of the first",
+        "places if queries is None else places[queries]",
+        "places if queries is None else places[: len(queries)]",
+    ),
+    _core("mixers/window_attention.py", "test_mutants.py")(
+        "the first length of a window is taken for that of the columns",
+        'self._window = per_axis("window_size", window_size, rank)',
+        'self._window = per_axis("window_size", window_size, rank)[::-1]',
+    ),
+)
+
+_NEIGHBORHOOD = _operator("NeighborhoodAttention", "neighborhood_attention")
+_NEIGHBORHOOD_ATTENTION = (
+    _NEIGHBORHOOD(
+        "the bias table is flipped: query minus source",
+        "(tap - before + kernel - 1)[None]",
+        "(before - tap + kernel - 1)[None]",
+    ),
+    _NEIGHBORHOOD(
+        "the shifted window's bias table is flipped",
+        "(member - rank_in_class[:, None] + kernel - 1)",
+        "(rank_in_class[:, None] - member + kernel - 1)",
+    ),
+    _NEIGHBORHOOD(
+        "a causal query sees the token after it",
+        "kernel - 1 if self.causal else",
+        "kernel - 2 if self.causal else",
+    ),
+    _NEIGHBORHOOD(
+        "the shifted window stops one token too late",
+        "in_class - kernel).clamp(min=0)",
+        "in_class - kernel + 1).clamp(min=0)",
+    ),
+    _NEIGHBORHOOD(
+        "dilated neighbors of a shifted window all start at the first class",
+        "first[:, None] + dilation * member, -1)",
+        "dilation * member, -1)",
+    ),
+    _NEIGHBORHOOD(
+        "padding takes part in the softmax",
+        "return inside if valid is None else inside & pick(valid.flatten(1), index)",
+        "return inside",
+    ),
+    _NEIGHBORHOOD(
+        "windows are moved inward by the batch's size",
+        "size = extents(valid) if valid is not None and shifted else None",
+        "size = None",
+    ),
+    _NEIGHBORHOOD(
+        "the kernel's axes are exchanged",
+        "enumerate(zip(grid, self._kernel, strict=True)):",
+        "enumerate(zip(grid, self._kernel[::-1], strict=True)):",
+    ),
+    _core("mixers/neighborhood_attention.py", "test_mutants.py")(
+        "positions of a subset of the queries are those of the first",
+        "places if queries is None else places[queries]",
+        "places if queries is None else places[: len(queries)]",
+    ),
+    _core("mixers/neighborhood_attention.py", "test_mutants.py")(
+        "the first length of a kernel is taken for that of the columns",
+        '(per_axis if causal else odd_kernel)("kernel_size", kernel_size, rank)',
+        '(per_axis if causal else odd_kernel)("kernel_size", kernel_size, rank)[::-1]',
+    ),
+)
+
+_RELATIVE = _operator("RelativeAttention", "relative_attention")
+_RELATIVE_ATTENTION = (
+    _RELATIVE(
+        "the table is resized corner to corner",
+        "align_corners=False",
+        "align_corners=True",
+    ),
+    _operator("RelativeAttention", "relative_attention", "mixers/_attention.py")(
+        "the table is flipped: source minus query",
+        "return position[:, None] - position + (n - 1)",
+        "return position - position[:, None] + (n - 1)",
+    ),
+    _RELATIVE(
+        "a padded image gets the table of the batch's size",
+        "self._bias_at(tuple(size), grid, queries) for size",
+        "self._bias_at(grid, grid, queries) for size",
+    ),
+    _RELATIVE(
+        "the bias after the softmax gives padding a weight",
+        "weights = weights if seen is None else weights * seen",
+        "pass",
+    ),
+    _RELATIVE(
+        "positions are not added in the definition",
+        "        x = x if pos_embed is None else x + pos_embed\n",
+        "",
+    ),
+    _RELATIVE(
+        "the fast path lets padding into the softmax",
+        "position if mask is None else position + mask",
+        "position",
+    ),
+    _RELATIVE(
+        "all heads have the first one's bias",
+        "table.flatten(1)[:, entry",
+        "table[:1].expand_as(table).flatten(1)[:, entry",
+    ),
+    _RELATIVE(
+        "the bias of a subset of the queries is that of the first rows",
+        "entry if queries is None else entry[queries]",
+        "entry if queries is None else entry[: len(queries)]",
+    ),
+    _core("mixers/relative_attention.py", "test_mutants.py")(
+        "positions of a subset of the queries are those of the first",
+        "places if queries is None else places[queries]",
+        "places if queries is None else places[: len(queries)]",
+    ),
+)
+
+_ATTENTION = _operator("SelfAttention", "self_attention", "mixers/_attention.py")
+_SELF = _operator("SelfAttention", "self_attention")
+_SELF_ATTENTION = (
+    _ATTENTION(
+        "scores are not scaled",
+        "return out * self.scale if part == 0 else out",
+        "return out",
+    ),
+    _ATTENTION(
+        "the fast path scales twice",
+        "is_causal=causal, scale=1.0)",
+        "is_causal=causal)",
+    ),
+    _ATTENTION(
+        "a row that sees nothing is NaN",
+        "scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1)",
+        'scores.masked_fill(~seen, -float("inf")).softmax(-1)',
+    ),
+    _ATTENTION(
+        "a row that sees nothing is the mean of what it may not see",
+        "torch.finfo(scores.dtype).min).softmax(-1) * seen",
+        "torch.finfo(scores.dtype).min).softmax(-1)",
+    ),
+    _ATTENTION(
+        "channels of a head lie apart",
+        "out.unflatten(-1, (self.num_heads, -1))",
+        "out.unflatten(-1, (-1, self.num_heads)).transpose(-1, -2)",
+    ),
+    _ATTENTION(
+        "keys are taken for values",
+        "return self.heads(source, 2)",
+        "return self.heads(source, 1)",
+    ),
+    _ATTENTION(
+        "a second derivative of the fused kernel fails without saying what to do",
+        "        out.register_hook(_no_second_derivative)",
+        "        pass",
+    ),
+    _SELF(
+        "a causal query does not see itself",
+        "(order <= order[:tokens, None] + past)",
+        "(order < order[:tokens, None] + past)",
+    ),
+    _SELF(
+        "new tokens do not see all that a cache remembers",
+        "(order <= order[:tokens, None] + past)",
+        "(order <= order[:tokens, None])",
+    ),
+    _SELF(
+        "padding takes part in the softmax",
+        "seen = None if valid is None else valid.flatten(1)[:, None, None]",
+        "seen = None if valid is None else torch.ones_like(valid).flatten(1)[:, None, None]",
+    ),
+    _SELF(
+        "the fast path spreads a row that sees nothing evenly",
+        "return self.proj(torch.where(some, mixed, 0))",
+        "return self.proj(mixed)",
+    ),
+    _SELF(
+        "keys get no positions without a source",
+        "source_pos_embed = pos_embed if source_pos_embed is None else source_pos_embed",
+        "source_pos_embed = None",
+    ),
+    _core("mixers/self_attention.py", "mixers/test_self_attention.py", "test_mutants.py")(
+        "positions of a subset of the queries are those of the first",
+        "places[queries], (len(queries),)",
+        "places[: len(queries)], (len(queries),)",
+    ),
+    _core("mixers/self_attention.py", "mixers/test_self_attention.py", "test_mixer.py")(
+        "tokens after a cache are placed at the start",
+        "positions[past:], positions",
+        "positions[: x.shape[1]], positions",
+    ),
+    _core("mixers/self_attention.py", "mixers/test_self_attention.py", "test_mixer.py")(
+        "queries with another source are placed on its grid",
+        "return out_grid, places, nowhere, grid_positions(places, device=x.device)",
+        "return out_grid, places, grid_positions(places, device=x.device), grid_positions(places, device=x.device)",
+    ),
+)
+
+FAULTS: tuple[Fault, ...] = (
+    *_CORE,
+    *_AVERAGE_POOLING,
+    *_CONVOLUTION,
+    *_DEPTHWISE_CONV,
+    *_DYNAMIC,
+    *_INHOMOGENEOUS,
+    *_LOCAL_MLP,
+    *_WINDOW_ATTENTION,
+    *_NEIGHBORHOOD_ATTENTION,
+    *_RELATIVE_ATTENTION,
+    *_SELF_ATTENTION,
+)
