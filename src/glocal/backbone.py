@@ -1,0 +1,240 @@
+"""Backbone: stem, stages of blocks from a layout such as C-C-T-T, head. Images in, class scores out.
+
+B images, H W pixels or tokens, C channels.
+"""
+
+import difflib
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from glocal.blocks import Block, MBConv
+from glocal.spec import available, build
+
+# What a letter stands for; C is CoAtNet's convolution block and has no mixer of its own.
+LETTERS = {"C": "MBConv", "T": "RelativeAttention"}
+
+
+def parse_layout(text: str) -> tuple[str, ...]:
+    """Splits a layout at '-' outside parentheses and quotes: "C-C-T-T" -> ("C", "C", "T", "T").
+
+    Args:
+        text: One entry a stage: C, T, or an operator's spec, such as "C-NeighborhoodAttention(kernel_size=5)-T-T".
+            A spec that begins with a path is quoted: "C-'my-ops/shift.py:Shift(step=2)'-T-T".
+
+    Raises:
+        ValueError: An entry is empty, or is neither a letter nor the name of an operator; the message names the
+            nearest valid one.
+    """
+    entries, depth, quote, start = [], 0, "", 0
+    for i, character in enumerate(text):
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        elif character == "-" and depth == 0:
+            entries.append(text[start:i])
+            start = i + 1
+        else:
+            depth += {"(": 1, ")": -1}.get(character, 0)
+    entries = [entry.strip() for entry in [*entries, text[start:]]]
+    if quote or depth != 0:
+        what = f"the quote {quote}" if quote else "a parenthesis"
+        raise ValueError(f"layout {text!r}: {what} is not closed")
+    for entry in entries:
+        _check_entry(entry, text)
+    return tuple(entry.strip("'\"") if entry[0] in "'\"" else entry for entry in entries)
+
+
+def _check_entry(entry: str, layout: str) -> None:
+    if not entry:
+        raise ValueError(f"layout {layout!r}: an entry is empty; write one for every stage, as in C-C-T-T")
+    name = entry.partition("(")[0].strip()
+    of_a_file = ".py:" in entry  # a user's operator; `build` opens the file
+    if entry in LETTERS or name in available() or of_a_file:
+        return
+    if set(name) <= set(LETTERS):
+        raise ValueError(f"layout {layout!r}: {name!r} is no operator; did you mean {'-'.join(name)!r}?")
+    if len(name) == 1:
+        near = name.upper() if name.upper() in LETTERS else None
+        hint = f"did you mean {near!r}? " if near else ""
+        raise ValueError(
+            f"layout {layout!r}: unknown letter {name!r}; {hint}valid are C (convolution, MBConv), "
+            "T (attention, RelativeAttention) and the names of operators"
+        )
+    raise ValueError(f"layout {layout!r}: unknown operator {name!r}; {_nearest_operator(name)}")
+
+
+def _nearest_operator(name: str) -> str:
+    lower = {operator.lower(): operator for operator in available()}
+    near = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.4)
+    valid = f"valid are C, T, {', '.join(available())}"
+    return f"did you mean {lower[near[0]]!r}? {valid}" if near else valid
+
+
+def default_strides(img_size: Sequence[int], stages: int) -> tuple[int, ...]:
+    """Stride of every stage, after a stem that halves the image.
+
+    From 128 pixels on every stage halves the grid, as in CoAtNet. A smaller image would end as a single token, so
+    only the first stages do, as long as the shorter side keeps four tokens: a 32 x 32 image ends as 4 x 4.
+    """
+    if min(img_size) >= 128:
+        return (2,) * stages
+    side, strides = -(-min(img_size) // 2), []
+    for _ in range(stages):
+        strides.append(2 if side >= 7 else 1)
+        side = -(-side // strides[-1])
+    return tuple(strides)
+
+
+def default_dims(stages: int) -> tuple[int, ...]:
+    """Width of every stage: 64 in the first half of them, 128 in the second; trains on two CPU cores."""
+    return tuple(64 if i < (stages + 1) // 2 else 128 for i in range(stages))
+
+
+class Backbone(nn.Module):
+    """Stem, stages and head: [B, in_chans, H, W] -> [B, num_classes].
+
+    The stem is CoAtNet's: 3x3 convolution with stride 2, BN, GELU, 3x3 convolution. Every stage consists of
+    blocks of one kind, its first block with the stage's stride and width. The head takes the mean over the grid, LN
+    and a linear map. Any image size works at run time; grids shrink to ceil(n / stride).
+
+    Args:
+        layout: One entry a stage; see `parse_layout`.
+        in_chans: Channels of an image.
+        num_classes: Number of scores.
+        img_size: Pixels a side or (height, width) that relative-position tables are made for.
+        dims: Width of every stage.
+        depths: Blocks in every stage.
+        strides: Stride of every stage; `default_strides` if not given.
+        stem_dim: Width of the stem; half of the first stage's if not given, as the stem has four times the tokens.
+        mlp_ratio: Hidden width over width of the MLPs in blocks with a mixer.
+        conv: Further arguments of `MBConv`, such as {"stride_in": "depthwise"}.
+
+    Attributes:
+        feature_info: One dict a stage, as in timm: `num_chs` (channels), `reduction` (pixels a token), `module`.
+
+    Raises:
+        ValueError: The layout names something unknown, or a sequence has another length than the layout.
+
+    Source: Dai, Liu, Le, Tan, "CoAtNet", NeurIPS 2021, arXiv 2106.04803, section 2 and table 3.
+    """
+
+    def __init__(
+        self,
+        layout: str = "C-C-T-T",
+        *,
+        in_chans: int,
+        num_classes: int,
+        img_size: int | Sequence[int],
+        dims: Sequence[int] | None = None,
+        depths: Sequence[int] | None = None,
+        strides: Sequence[int] | None = None,
+        stem_dim: int | None = None,
+        mlp_ratio: float = 4,
+        conv: dict[str, Any] | None = None,
+    ):
+        super().__init__()
+        entries = parse_layout(layout)
+        grid = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        dims = default_dims(len(entries)) if dims is None else tuple(dims)
+        depths = (1,) * len(entries) if depths is None else tuple(depths)
+        strides = default_strides(grid, len(entries)) if strides is None else tuple(strides)
+        for name, values in (("dims", dims), ("depths", depths), ("strides", strides)):
+            if len(values) != len(entries):
+                raise ValueError(
+                    f"{name} is {values}, {len(values)} values; layout {layout!r} has {len(entries)} stages"
+                )
+            if min(values) < 1:
+                raise ValueError(f"{name} is {values}; every value must be at least 1")
+        self.layout = layout
+        dim = max(1, dims[0] // 2) if stem_dim is None else stem_dim
+        self.stem = Stem(in_chans, dim)
+        grid = tuple(-(-side // 2) for side in grid)
+        reduction = 2
+        stages, self.feature_info = [], []
+        for i, entry in enumerate(entries):
+            blocks = []
+            for j in range(depths[i]):
+                stride = strides[i] if j == 0 else 1
+                grid = tuple(-(-side // stride) for side in grid)
+                blocks.append(_block(entry, dim, dims[i], stride, grid, mlp_ratio, conv or {}))
+                dim = dims[i]
+            reduction *= strides[i]
+            stages.append(nn.Sequential(*blocks))
+            self.feature_info.append({"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"})
+        self.stages = nn.ModuleList(stages)
+        self.head = Head(dim, num_classes)
+
+    def features(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """The output of every stage, [B, H_i, W_i, C_i]: channels last, as all tokens here.
+
+        Args:
+            x: Images [B, in_chans, H, W].
+        """
+        x = self.stem(x)
+        outputs = []
+        for stage in self.stages:
+            x = stage(x)
+            outputs.append(x)
+        return outputs
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Class scores [B, num_classes] of images [B, in_chans, H, W]."""
+        x = self.stem(x)
+        for stage in self.stages:
+            x = stage(x)
+        return self.head(x)
+
+
+class Stem(nn.Module):
+    """CoAtNet's S0: 3x3 convolution with stride 2, BN, GELU, 3x3 convolution.
+
+    Shape: [B, in_chans, H, W] -> [B, ceil(H / 2), ceil(W / 2), dim].
+    """
+
+    def __init__(self, in_chans: int, dim: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_chans, dim, 3, stride=2, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(dim, eps=1e-3, momentum=0.01)
+        self.act = nn.GELU()
+        self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # In channels_last memory the output is already laid out as tokens.
+        x = x.contiguous(memory_format=torch.channels_last)
+        return self.conv2(self.act(self.norm1(self.conv1(x)))).movedim(1, -1)
+
+
+class Head(nn.Module):
+    """Mean over the grid, LN, linear map: [B, *S, dim] -> [B, num_classes]."""
+
+    def __init__(self, dim: int, num_classes: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.fc = nn.Linear(dim, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.norm(x.flatten(1, -2).mean(1)))
+
+
+def _block(
+    entry: str, dim: int, out_dim: int, stride: int, grid: tuple[int, ...], mlp_ratio: float, conv: dict[str, Any]
+) -> nn.Module:
+    """One block of a stage: MBConv for C, else a Block around the operator, built for its output grid."""
+    if entry == "C":
+        return MBConv(dim, out_dim, stride=stride, **conv)
+    spec = LETTERS.get(entry, entry)
+    context = {"rank": len(grid), "grid_size": grid}
+    mixer = build(spec, out_dim, out_dim=out_dim, **context)
+    mixer_dim = out_dim
+    widens = "out_dim" in inspect.signature(type(mixer)).parameters
+    if dim != out_dim and widens:  # as CoAtNet's attention does in the first block of a stage
+        mixer = build(spec, dim, out_dim=out_dim, **context)
+        mixer_dim = dim
+    if getattr(mixer, "out_dim", out_dim) != out_dim or getattr(mixer, "stride", 1) != 1:
+        raise ValueError(f"{entry}: a block's operator keeps width and grid; leave out_dim and stride to the stage")
+    return Block(dim, mixer, out_dim=out_dim, stride=stride, mixer_dim=mixer_dim, mlp_ratio=mlp_ratio)

@@ -1,0 +1,233 @@
+"""Blocks: what a stage of a network is made of. Tokens in, tokens out, channels last.
+
+B images, *S the grid (H W or T), C channels.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from glocal.spec import build
+
+
+class Pool(nn.Module):
+    """Strided pooling of tokens: [B, *S, C] -> [B, *ceil(S / stride), C].
+
+    Windows are stride wide and do not overlap; one that hangs over the border pools the tokens it has, so an odd
+    grid loses nothing and every grid, 1 x 1 included, gives the size that a convolution with this stride gives.
+
+    Args:
+        stride: Tokens a side of a window.
+        kind: "max" or "avg".
+    """
+
+    def __init__(self, stride: int, kind: Literal["max", "avg"] = "max"):
+        super().__init__()
+        if kind not in ("max", "avg"):
+            raise ValueError(f"pool is {kind!r}; it must be 'max' or 'avg'")
+        if stride < 1:
+            raise ValueError(f"stride is {stride}; it must be at least 1")
+        self.stride = stride
+        self.kind = kind
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Pool [B, H, W, C] or [B, T, C]."""
+        if self.stride == 1:
+            return x
+        if x.ndim == 3:
+            return self._pool(x[:, None], (1, self.stride))[:, 0]
+        return self._pool(x, (self.stride, self.stride))
+
+    def _pool(self, x: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
+        x = x.movedim(-1, 1)  # a channels_last view, no copy
+        if self.kind == "max":
+            x = F.max_pool2d(x, window, ceil_mode=True)
+        else:
+            x = F.avg_pool2d(x, window, ceil_mode=True, count_include_pad=False)
+        return x.movedim(1, -1)
+
+    def extra_repr(self) -> str:
+        return f"stride={self.stride}, kind={self.kind!r}"
+
+
+class Shortcut(nn.Module):
+    """The skip path where a block changes its grid or width: Proj(Pool(x)), Proj a linear map with bias.
+
+    The projection is left out where the width stays (as in timm). [B, *S, C] -> [B, *ceil(S / stride), out_dim].
+    """
+
+    def __init__(self, dim: int, out_dim: int, stride: int, pool: Literal["max", "avg"] = "max"):
+        super().__init__()
+        self.pool = Pool(stride, pool)
+        self.expand = nn.Linear(dim, out_dim) if dim != out_dim else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.expand(self.pool(x))
+
+
+class Mlp(nn.Module):
+    """Two linear maps with GELU between, on every token by itself: [..., C] -> [..., C].
+
+    Cost: 2 * dim * hidden_dim multiply-adds a token.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm block around any token mixer: x + Mixer(Norm(x)), then x + MLP(Norm(x)).
+
+    With a stride or another width, the first line follows CoAtNet: Proj(Pool(x)) + Mixer(Pool(Norm(x))). A mixer
+    that cannot change the width is built at `out_dim`; then a linear map `expand` stands before it:
+    Proj(Pool(x)) + Mixer(Expand(Pool(Norm(x)))).
+
+    Args:
+        dim: Width of the tokens that come in.
+        mixer: A built module [B, *S', mixer_dim] -> [B, *S', out_dim] that keeps the grid.
+        out_dim: Width of the tokens that go out; `dim` if not given.
+        stride: The pooling's stride on every axis; the grid shrinks to ceil(S / stride).
+        mixer_dim: Width that the mixer takes: `dim` (it widens by itself) or `out_dim`. Default `dim`.
+        mlp_ratio: Hidden width of the MLP over `out_dim`.
+        pool: "max" (CoAtNet) or "avg" (timm's CoAtNet).
+
+    Shape: [B, *S, dim] -> [B, *ceil(S / stride), out_dim]; S = (T,) or (H, W).
+
+    Source: Dai, Liu, Le, Tan, "CoAtNet: Marrying Convolution and Attention for All Data Sizes", NeurIPS 2021,
+        arXiv 2106.04803, appendix A.1 (pre-norm transformer block, LN eps 1e-5, GELU).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mixer: nn.Module,
+        *,
+        out_dim: int | None = None,
+        stride: int = 1,
+        mixer_dim: int | None = None,
+        mlp_ratio: float = 4,
+        pool: Literal["max", "avg"] = "max",
+    ):
+        super().__init__()
+        out_dim = dim if out_dim is None else out_dim
+        mixer_dim = dim if mixer_dim is None else mixer_dim
+        if mixer_dim not in (dim, out_dim):
+            raise ValueError(f"mixer_dim is {mixer_dim}; it must be dim ({dim}) or out_dim ({out_dim})")
+        self.out_dim = out_dim
+        self.stride = stride
+        changes = stride != 1 or dim != out_dim
+        self.shortcut = Shortcut(dim, out_dim, stride, pool) if changes else nn.Identity()
+        self.norm1 = nn.LayerNorm(dim)
+        self.pool = Pool(stride, pool) if stride != 1 else nn.Identity()
+        self.expand = nn.Linear(dim, mixer_dim) if mixer_dim != dim else nn.Identity()
+        self.mixer = mixer
+        self.norm2 = nn.LayerNorm(out_dim)
+        self.mlp = Mlp(out_dim, round(out_dim * mlp_ratio))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        skip = self.shortcut(x)
+        mixed = self.mixer(self.expand(self.pool(self.norm1(x))))
+        if mixed.shape != skip.shape:  # addition would broadcast a wrong grid of 1 x 1 in silence
+            raise ValueError(
+                f"the mixer {type(self.mixer).__name__} gave {tuple(mixed.shape)} where the block needs "
+                f"{tuple(skip.shape)}; inside a block a mixer keeps the grid: give the stride to the block"
+            )
+        x = skip + mixed
+        return x + self.mlp(self.norm2(x))
+
+
+class SqueezeExcite(nn.Module):
+    """Channel gate: x * sigmoid(fc2(SiLU(fc1(mean of x over the grid)))), both maps with bias.
+
+    Shape: [B, C, H, W] -> [B, C, H, W].
+
+    Source: Hu, Shen, Sun, "Squeeze-and-Excitation Networks", CVPR 2018, arXiv 1709.01507; SiLU as in EfficientNet.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.fc1 = nn.Conv2d(dim, hidden_dim, 1)
+        self.fc2 = nn.Conv2d(hidden_dim, dim, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate = x.mean((2, 3), keepdim=True)
+        return x * self.fc2(F.silu(self.fc1(gate))).sigmoid()
+
+
+class MBConv(nn.Module):
+    """CoAtNet's inverted bottleneck: BN, 1x1 widen, BN, GELU, depthwise, BN, GELU, squeeze-excite, 1x1 back.
+
+    Nothing but the last 1x1 and the shortcut has a bias; no activation follows the pre-norm and no norm the last
+    1x1. The widened width and the squeeze width count from `out_dim`, in the widening first block of a stage too.
+    Parameters carry timm's names (`MbConvBlock`).
+
+    Args:
+        dim: Width of the tokens that come in.
+        out_dim: Width of the tokens that go out; `dim` if not given.
+        stride: The grid shrinks to ceil(S / stride); the shortcut pools.
+        expand_ratio: Inner width over `out_dim`.
+        se_ratio: Squeeze width over `out_dim`.
+        kernel_size: Of the depthwise convolution; odd.
+        stride_in: Which convolution strides: "expand" is the paper's (first 1x1, "it drops three of four
+            tokens"), "depthwise" is timm's and the paper's table 9.
+        pool: The shortcut's pooling, "max" (paper) or "avg" (timm).
+
+    Shape: [B, H, W, dim] -> [B, ceil(H / stride), ceil(W / stride), out_dim].
+
+    Source: Dai, Liu, Le, Tan, "CoAtNet", NeurIPS 2021, arXiv 2106.04803, section 2 and appendix A.1; the authors'
+        operator code in google-research/maxvit. BN eps 1e-3 and momentum 0.99 there, 0.01 in PyTorch's sense.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int | None = None,
+        *,
+        stride: int = 1,
+        expand_ratio: float = 4,
+        se_ratio: float = 0.25,
+        kernel_size: int = 3,
+        stride_in: Literal["expand", "depthwise"] = "expand",
+        pool: Literal["max", "avg"] = "max",
+    ):
+        super().__init__()
+        out_dim = dim if out_dim is None else out_dim
+        if stride_in not in ("expand", "depthwise"):
+            raise ValueError(f"stride_in is {stride_in!r}; it must be 'expand' or 'depthwise'")
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size is {kernel_size}; it must be odd, so that a token has a centre")
+        inner = round(out_dim * expand_ratio)
+        first, second = (stride, 1) if stride_in == "expand" else (1, stride)
+        self.out_dim = out_dim
+        self.stride = stride
+        changes = stride != 1 or dim != out_dim
+        self.shortcut = Shortcut(dim, out_dim, stride, pool) if changes else nn.Identity()
+        self.pre_norm = _batch_norm(dim)
+        self.conv1_1x1 = nn.Conv2d(dim, inner, 1, stride=first, bias=False)
+        self.norm1 = _batch_norm(inner)
+        # A token mixer of ours, so that `inspect` shows what a convolution block reads.
+        self.conv2_kxk = build("DepthwiseConv", inner, kernel_size=kernel_size, stride=second, bias=False, rank=2)
+        self.norm2 = _batch_norm(inner)
+        self.se = SqueezeExcite(inner, max(1, int(out_dim * se_ratio)))
+        self.conv3_1x1 = nn.Conv2d(inner, out_dim, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        skip = self.shortcut(x)
+        x = self.pre_norm(x.movedim(-1, 1))  # a channels_last view, which cuDNN and oneDNN take as it is
+        x = F.gelu(self.norm1(self.conv1_1x1(x)))
+        x = self.conv2_kxk(x.movedim(1, -1)).movedim(-1, 1)
+        x = F.gelu(self.norm2(x))
+        x = self.conv3_1x1(self.se(x))
+        return skip + x.movedim(1, -1)
+
+
+def _batch_norm(dim: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(dim, eps=1e-3, momentum=0.01)

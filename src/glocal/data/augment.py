@@ -1,0 +1,34 @@
+"""Light augmentation of a whole batch at once."""
+
+import torch
+
+
+def crop_and_flip(
+    images: torch.Tensor, *, padding: int, flip: bool, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Shifts every image by up to `padding` pixels on both axes and mirrors half of them.
+
+    What a shift uncovers is black (0). One gather does both, so the cost is one copy of the batch.
+
+    Args:
+        images: [B, C, H, W], any type.
+        padding: Largest shift in pixels.
+        flip: Whether to mirror an image left to right with probability 1/2.
+        generator: Where the random numbers come from; PyTorch's global one if not given.
+
+    Returns:
+        [B, C, H, W] in channels_last memory.
+    """
+    batch, _, height, width = images.shape
+    device = images.device
+    padded = torch.nn.functional.pad(images, (padding,) * 4)
+    shift = torch.randint(0, 2 * padding + 1, (2, batch, 1), generator=generator).to(device)
+    rows = shift[0] + torch.arange(height, device=device)
+    columns = torch.arange(width, device=device).expand(batch, -1)
+    if flip:
+        mirrored = (torch.rand((batch, 1), generator=generator) < 0.5).to(device)
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    columns = columns + shift[1]
+    item = torch.arange(batch, device=device)[:, None, None]
+    # Indices apart from each other put their axes first: the result is [B, H, W, C].
+    return padded[item, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

@@ -1,0 +1,128 @@
+"""Layouts, sizes and strides of the backbone."""
+
+import re
+
+import pytest
+import torch
+
+import glocal
+from glocal.backbone import Backbone, default_dims, default_strides, parse_layout
+from glocal.blocks import Block, MBConv
+
+
+def backbone(layout="C-C-T-T", **options):
+    return Backbone(layout, **({"in_chans": 1, "num_classes": 5, "img_size": 24} | options))
+
+
+@pytest.mark.parametrize(
+    "text, entries",
+    [
+        ("C-C-T-T", ("C", "C", "T", "T")),
+        ("T", ("T",)),
+        (" C - T ", ("C", "T")),
+        (
+            "C-WindowAttention(window_size=4, shift_size=-1)-T",
+            ("C", "WindowAttention(window_size=4, shift_size=-1)", "T"),
+        ),
+        ("NeighborhoodAttention(border='shifted-in')-C", ("NeighborhoodAttention(border='shifted-in')", "C")),
+        ("C-'my-ops/a.py:Shift(step=(1, 2))'-T", ("C", "my-ops/a.py:Shift(step=(1, 2))", "T")),
+        ("ops.py:Shift-C", ("ops.py:Shift", "C")),
+    ],
+)
+def test_parse_layout(text, entries):
+    assert parse_layout(text) == entries
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("C-X-T", "layout 'C-X-T': unknown letter 'X'; valid are C (convolution, MBConv), T (attention, "),
+        ("C-t", "unknown letter 't'; did you mean 'T'?"),
+        ("C-NeighbourhoodAtention(kernel_size=3)", "'NeighbourhoodAtention'; did you mean 'NeighborhoodAttention'?"),
+        ("CCTT", "'CCTT' is no operator; did you mean 'C-C-T-T'?"),
+        ("C--T", "an entry is empty; write one for every stage"),
+        ("", "an entry is empty"),
+        ("C-WindowAttention(window_size=4", "a parenthesis is not closed"),
+        ("C-'x.py:A", "the quote ' is not closed"),
+    ],
+)  # fmt: skip
+def test_parse_layout_refuses(text, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse_layout(text)
+
+
+def test_an_unknown_option_names_the_nearest():
+    with pytest.raises(ValueError, match=r"no argument 'kernel_sise'; did you mean 'kernel_size'\?"):
+        backbone("C-NeighborhoodAttention(kernel_sise=3)")
+
+
+@pytest.mark.parametrize("entry", ["Convolution(stride=2)", "SelfAttention(out_dim=32)", "AveragePooling(stride=2)"])
+def test_an_operator_that_changes_the_grid_or_width_is_refused(entry):
+    with pytest.raises(ValueError, match="keeps width and grid; leave out_dim and stride to the stage"):
+        backbone(f"C-C-{entry}")
+
+
+@pytest.mark.parametrize("name", ["dims", "depths", "strides"])
+def test_lengths_are_checked(name):
+    with pytest.raises(ValueError, match=rf"{name} is \(32, 32\), 2 values; layout 'C-C-T-T' has 4 stages"):
+        backbone(**{name: (32, 32)})
+    with pytest.raises(ValueError, match=f"{name} is .* every value must be at least 1"):
+        backbone(**{name: (32, 32, 0, 32)})
+
+
+@pytest.mark.parametrize("size", [(24, 24), (25, 17), (40, 8), (1, 1)])
+def test_features_agree_with_feature_info(size):
+    net = backbone("C-C-NeighborhoodAttention(kernel_size=3)-T", strides=(2, 1, 2, 2), dims=(32, 32, 64, 64)).eval()
+    features = net.features(torch.randn(2, 1, *size))
+    assert [info["module"] for info in net.feature_info] == [f"stages.{i}" for i in range(4)]
+    for feature, info in zip(features, net.feature_info, strict=True):
+        assert feature.shape == (2, *(-(-n // info["reduction"]) for n in size), info["num_chs"])
+    assert net(torch.randn(2, 1, *size)).shape == (2, 5)
+
+
+def test_head_and_features_make_the_forward_pass():
+    net = backbone("C-T").eval()
+    x = torch.randn(2, 1, 24, 24)
+    pooled = net.features(x)[-1].mean((1, 2))
+    expected = net.head.fc(net.head.norm(pooled))
+    torch.testing.assert_close(net(x), expected)
+
+
+def test_stages_are_what_the_layout_says():
+    net = backbone("C-DepthwiseConv(kernel_size=5)-T", depths=(2, 1, 3), dims=(32, 32, 64))
+    assert [[type(block) for block in stage] for stage in net.stages] == [[MBConv] * 2, [Block], [Block] * 3]
+    assert net.stages[0][0].stride == 2 and net.stages[0][1].stride == 1
+    assert [type(block.mixer).__name__ for block in net.stages[2]] == ["RelativeAttention"] * 3
+    # CoAtNet's attention widens by itself; every table is made for the grid that its block works on.
+    assert [block.mixer.dim for block in net.stages[2]] == [32, 64, 64]
+    assert all(block.mixer.grid_size == (6, 6) for block in net.stages[2])
+
+
+def test_tables_fit_odd_images():
+    net = backbone("T-T-T-T", img_size=(28, 30), strides=(2, 1, 1, 2))
+    assert [stage[0].mixer.grid_size for stage in net.stages] == [(7, 8), (7, 8), (7, 8), (4, 4)]
+
+
+@pytest.mark.parametrize("operator", glocal.available())
+def test_every_operator_is_an_entry(operator):
+    net = backbone(f"C-{operator}-C", dims=(32, 64, 64)).train()
+    net(torch.randn(4, 1, 24, 24)).sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+def test_defaults():
+    assert default_strides((224, 224), 4) == (2, 2, 2, 2)
+    assert len(default_strides((32, 32), 3)) == len(default_dims(3)) == 3
+    net = Backbone("C-C-T-T", in_chans=3, num_classes=2, img_size=224)
+    assert [info["reduction"] for info in net.feature_info] == [4, 8, 16, 32]
+
+
+def test_coatnet_0_has_the_published_number_of_parameters():
+    # facts/coatnet.md 3.8: 25 036 820 with the hidden head layer D -> D, which this head does not have.
+    # timm's and the paper's blocks start with a stem of 64, and depths 2, 3, 5, 2.
+    with torch.device("meta"):
+        net = Backbone(
+            "C-C-T-T", in_chans=3, num_classes=1000, img_size=224,
+            dims=(96, 192, 384, 768), depths=(2, 3, 5, 2), stem_dim=64,
+        )  # fmt: skip
+    assert sum(p.numel() for p in net.parameters()) == 25_036_820 - 768 * 769
