@@ -1,0 +1,79 @@
+"""`import glocal` is cheap, and every public name is there when it is used."""
+
+import ast
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import glocal
+
+HEAVY = [
+    *["torchvision", "accelerate", "timm", "transformers", "PIL", "yaml", "safetensors"],
+    *["rich", "tyro", "jinja2", "sklearn", "scipy", "matplotlib", "torch._dynamo", "torch._inductor"],
+]
+
+
+def in_fresh_process(code):
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def test_import_loads_nothing_heavy():
+    loaded = in_fresh_process("import json, sys, glocal; print(json.dumps(sorted(sys.modules)))")
+    assert not [name for name in HEAVY if name in loaded]
+    assert not [name for name in loaded if name.startswith("glocal.")]
+
+
+def test_building_an_operator_needs_only_the_core_dependencies():
+    loaded = in_fresh_process(
+        "import json, sys, glocal; glocal.build('DepthwiseConv()', 8); print(json.dumps(sorted(sys.modules)))"
+    )
+    assert not [name for name in HEAVY if name in loaded and not name.startswith("torch._")]
+
+
+def test_every_public_name_is_there():
+    names = glocal.__all__
+    found = in_fresh_process(
+        f"import json, glocal; print(json.dumps({{name: repr(getattr(glocal, name)) for name in {names}}}))"
+    )
+    assert list(found) == names
+    assert set(names) <= set(dir(glocal))
+
+
+def test_type_checkers_see_the_same_names():
+    tree = ast.parse(Path(glocal.__file__).read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    declared = [alias.name for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names]
+    assert sorted(declared) == sorted(set(glocal.__all__) - {"__version__"})
+
+
+def test_unknown_name_is_refused():
+    with pytest.raises(AttributeError, match=r"module 'glocal' has no attribute 'biuld'; public names: .*build"):
+        _ = glocal.biuld
+
+
+def seconds(code):
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    return time.perf_counter() - start
+
+
+def test_import_costs_little_more_than_torch(capsys):
+    limit, torch_s, glocal_s, build_s = 0.3, [], [], []
+    for _ in range(5):  # the best of several: other processes only ever add time
+        torch_s.append(seconds("import torch"))
+        glocal_s.append(seconds("import torch, glocal"))
+        build_s.append(seconds("import torch, glocal; glocal.build"))
+        if len(torch_s) >= 3 and min(glocal_s) - min(torch_s) < limit:
+            break
+    with capsys.disabled():
+        print(
+            f"\nimport torch: {min(torch_s):.2f} s, torch and glocal: {min(glocal_s):.2f} s, "
+            f"with every operator: {min(build_s):.2f} s"
+        )
+    assert min(glocal_s) - min(torch_s) < limit
