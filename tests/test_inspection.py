@@ -39,9 +39,9 @@ def test_calls_have_names_inputs_and_weights():
 def test_nothing_is_recorded_outside_the_block():
     net = Net()
     with glocal.inspect(net) as seen:
-        pass
+        net(X)
     net(X)
-    assert len(seen) == 0
+    assert len(seen) == 2
     assert not net.conv._forward_hooks and not net.conv._forward_pre_hooks
 
 
@@ -107,3 +107,45 @@ def test_without_gradients(mode):
     with mode(), glocal.inspect(net) as seen:
         net(X)
     assert seen["conv"][0].rebuild_error() < 1e-5
+
+
+def test_an_empty_batch_can_be_looked_at():
+    net = Net()
+    with glocal.inspect(net) as seen:
+        net(X[:0])
+    assert seen["conv"][0].rebuild_error() == 0
+    assert seen["attention"][0].weights().weights.shape == (0, 4, 30, 30)
+
+
+def test_autocast_is_remembered():
+    mixer = glocal.build("InhomogeneousDepthwiseConv(kernel_size=3)", 32).eval()
+    with torch.autocast("cpu", torch.bfloat16), glocal.inspect(mixer) as seen:
+        mixer(X)
+    assert seen.calls[0].rebuild_error() < 0.05
+    seen.calls[0].weights()
+
+
+def test_a_model_that_runs_compiled_is_noticed():
+    net = Net()
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend="eager")
+    compiled(X)
+    with pytest.raises(ValueError, match=r"no token mixer was called|compiled region"), glocal.inspect(net):
+        compiled(X)
+    torch._dynamo.reset()
+
+
+def test_a_shared_module_is_found_under_each_of_its_names():
+    shared = glocal.build("AveragePooling()", 32)
+    with glocal.inspect(nn.Sequential(shared, shared)) as seen:
+        nn.Sequential(shared, shared)(X)
+    assert len(seen["0"]) == len(seen["1"]) == 2
+
+
+def test_a_moved_buffer_is_named():
+    mixer = glocal.build("InhomogeneousDepthwiseConv(kernel_size=3)", 32).eval()
+    with glocal.inspect(mixer) as seen:
+        mixer(X)
+    mixer.bn.running_mean.add_(1)
+    with pytest.raises(ValueError, match=r"its buffer bn.running_mean was changed in place"):
+        seen.calls[0].weights()

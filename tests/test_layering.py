@@ -16,7 +16,8 @@ PACKAGE = Path(__file__).parents[1] / "src" / "glocal"
 # __init__ nothing is taken but `__version__` and `__file__`.
 BELOW = {
     "aggregation": [],
-    "mixer": ["aggregation"],
+    "arguments": [],
+    "mixer": ["aggregation", "arguments"],
     "positions": [],
     "kernels": ["aggregation"],
     "mixers": ["kernels", "mixer", "positions"],
@@ -43,7 +44,7 @@ TOP = {"cli", "__init__", "__main__"}
 
 # Places that run with the core dependencies alone.
 CORE = [
-    *["aggregation", "mixer", "positions", "kernels", "mixers", "spec", "blocks", "backbone"],
+    *["aggregation", "arguments", "mixer", "positions", "kernels", "mixers", "spec", "blocks", "backbone"],
     *["inspection", "evidence", "contract", "conversion", "__init__"],
 ]
 CORE_DEPENDENCIES = {"torch", "numpy"}

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import glocal
+import glocal.contract
 from glocal import Cache, TokenMixer, Unsupported
 
 X = torch.randn(2, 5, 4, 8)
@@ -31,7 +32,8 @@ def mixer(spec="SelfAttention(num_heads=2)"):
     ],
 )  # fmt: skip
 def test_arguments_that_make_no_sense_are_refused(spec, call, words):
-    for path in (mixer(spec), mixer(spec).weights, mixer(spec).reference):
+    m = mixer(spec)
+    for path in (m, m.weights, m.reference):
         with pytest.raises(ValueError) as raised:
             path(X, **call)
         for word in words:
@@ -174,3 +176,151 @@ def test_autocast_keeps_paths_together(name):
         out = m(x)
     expected = m.reference(x)
     assert (out.float() - expected).abs().max() <= 0.05 * expected.abs().max()
+
+
+def test_a_wrong_impl_is_refused():
+    m = mixer()
+    m.impl = "Fast"
+    with pytest.raises(ValueError, match="'Fast'; it must be 'auto', 'reference' or 'fast'"):
+        m(X)
+
+
+@pytest.mark.parametrize("queries", [torch.ones(20) > 0, torch.zeros(2, 3).long(), torch.zeros(3)])
+def test_queries_are_positions(queries):
+    with pytest.raises(ValueError, match="SelfAttention: queries has shape"):
+        mixer().weights(X, queries=queries)
+
+
+def test_positions_have_the_shape_of_the_tokens():
+    m, pos = mixer(), torch.randn(5, 4, 8)
+    torch.testing.assert_close(m(X, pos_embed=pos), m(X, pos_embed=pos.expand_as(X)))
+    flat = mixer("RelativeAttention(num_heads=2, grid_size=(5, 4))")
+    flat_pos = pos.flatten(0, 1)[None]
+    out = flat(X.flatten(1, 2), grid=(5, 4), pos_embed=flat_pos)
+    torch.testing.assert_close(out, flat(X, pos_embed=pos).flatten(1, 2))
+    for wrong in (torch.randn(8), torch.randn(4, 8), torch.randn(4, 5, 8), torch.randn(3, 5, 4, 8)):
+        with pytest.raises(ValueError, match="SelfAttention: pos_embed has shape"):
+            m(X, pos_embed=wrong)
+
+
+def test_a_transposed_mask_is_refused():
+    with pytest.raises(ValueError, match=r"valid has shape \(2, 4, 5\)"):
+        mixer()(X, valid=torch.ones(2, 4, 5, dtype=torch.bool))
+
+
+def test_a_sequence_without_tokens_is_refused():
+    for name in glocal.available():
+        for spec in getattr(glocal.mixers, name).examples:
+            m = glocal.build(spec, 32)
+            with pytest.raises(ValueError, match="no tokens"):
+                m(torch.zeros(2, *[0] * (m.rank or 1), 32))
+
+
+def test_a_cache_belongs_to_one_layer():
+    first, second = (mixer("SelfAttention(num_heads=2, causal=True)") for _ in range(2))
+    cache = Cache()
+    token = torch.randn(2, 1, 8)
+    first(token, cache=cache)
+    with pytest.raises(ValueError, match="another layer"):
+        second(token, cache=cache)
+    with pytest.raises(ValueError, match="cache: remembers 2 sequences, x has 1"):
+        first(token[:1], cache=cache)
+    first.weights(token, cache=cache)
+    cache.commit()
+    assert len(cache) == 1
+
+
+def test_an_adapted_projection_is_called():
+    """As LoRA, quantisation and hooks on `qkv` need it."""
+
+    class Adapted(nn.Linear):
+        def forward(self, tokens):
+            return super().forward(tokens) + 1
+
+    m = mixer()
+    plain, adapted = m(X), Adapted(8, 24)
+    adapted.load_state_dict(m.qkv.state_dict())
+    m.qkv = adapted
+    shifted = mixer()
+    shifted.load_state_dict(m.state_dict())
+    with torch.no_grad():
+        shifted.qkv.bias += 1
+    torch.testing.assert_close(m(X), shifted(X))
+    assert not torch.allclose(m(X), plain)
+    seen = []
+    shifted.qkv.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    torch.testing.assert_close(shifted(X), m(X))
+    assert seen
+
+
+def test_an_operator_is_final_and_names_what_it_takes():
+    with pytest.raises(TypeError, match="SelfAttention is final"):
+
+        class More(glocal.mixers.SelfAttention):
+            pass
+
+    with pytest.raises(TypeError, match="vaild"):
+
+        class Misspelt(TokenMixer):
+            def weights(self, x, *, vaild=None):
+                return None
+
+
+@pytest.mark.parametrize("name", glocal.available())
+def test_transforms_of_torch_func(name):
+    """Per-sample gradients by vmap are those of one sample after the other."""
+    m = glocal.build(getattr(glocal.mixers, name).examples[0], 32).double().eval()
+    parameters = {name: p.detach() for name, p in m.named_parameters()}
+    x = torch.randn(3, 4, 4, 32, dtype=torch.float64)
+
+    def loss(x):
+        return torch.func.functional_call(m, parameters, (x[None],)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss))(x)
+    for one, image in zip(each, x, strict=True):
+        image = image.clone().requires_grad_()
+        m(image[None]).square().sum().backward()
+        torch.testing.assert_close(one, image.grad)
+
+
+def test_every_operator_compiles_by_itself_in_one_process():
+    """torch.compile counts recompilations by code object, eight at most."""
+    torch._dynamo.reset()
+    for spec in glocal.contract.examples()[:12]:
+        m = glocal.build(spec, 32).eval()
+        x = torch.randn(2, *[8] * (m.rank or 2), 32)
+        torch.compile(m, backend="eager", fullgraph=True)(x)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["DynamicDepthwiseConv", "InhomogeneousDepthwiseConv"])
+def test_a_frozen_batch_norm_stays_frozen(name):
+    m = glocal.build(f"{name}(kernel_size=3)", 32).train()
+    m.bn.eval()
+    m.counted_macs((8, 8))
+    with glocal.inspect(m) as seen:
+        m(torch.randn(2, 8, 8, 32))
+    seen.calls[0].weights()
+    assert m.training
+    assert not m.bn.training
+
+
+@pytest.mark.parametrize("name", ["DynamicDepthwiseConv", "InhomogeneousDepthwiseConv"])
+def test_a_batch_of_padding_alone_moves_no_statistics(name):
+    m = glocal.build(f"{name}(kernel_size=3)", 32).train()
+    out = m(torch.randn(2, 8, 8, 32), valid=torch.zeros(2, 8, 8, dtype=torch.bool))
+    assert out.isfinite().all()
+    assert torch.equal(m.bn.running_mean, torch.zeros(8))
+    assert torch.equal(m.bn.running_var, torch.ones(8))
+
+
+@pytest.mark.parametrize("name", ["DynamicDepthwiseConv", "InhomogeneousDepthwiseConv"])
+def test_converted_to_synchronised_batch_norm(name):
+    m = glocal.build(f"{name}(kernel_size=3)", 32).eval()
+    x = torch.randn(2, 8, 8, 32)
+    expected = m(x)
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(m)
+    assert isinstance(converted.bn, nn.SyncBatchNorm)
+    torch.testing.assert_close(converted(x), expected)
+    with pytest.raises(ValueError, match="SyncBatchNorm: in training"):
+        converted.train().weights(x)

@@ -166,6 +166,26 @@ BROKEN = {  # check -> spec, and what breaks its promise
         instead(mixers._attention, "_no_second_derivative", lambda real: lambda grad: None),
     ),
     "dense_says_the_same": (POOLING, instead(glocal.Aggregation, "coalesce", lambda real: zeroed)),
+    "positions_are_those_of_the_grid": (
+        POOLING,
+        instead(
+            mixers.AveragePooling,
+            "_weights",
+            lambda real: (
+                lambda self, x, **call: dataclasses.replace(
+                    found := real(self, x, **call), query_positions=found.query_positions.flip(-1)
+                )
+            ),
+        ),
+    ),
+    "scores_make_the_weights": (
+        "SelfAttention(num_heads=2)",
+        instead(
+            mixers.SelfAttention,
+            "scores",
+            lambda real: lambda self, x: {name: 2 * term for name, term in real(self, x).items()},
+        ),
+    ),
     "query_subset": (
         POOLING,
         instead(glocal.Aggregation, "select", lambda real: lambda self, queries: real(self, queries.flip(0))),
@@ -190,7 +210,8 @@ BROKEN = {  # check -> spec, and what breaks its promise
     "float32": (POOLING, fast(lambda out: out * 1.001)),
     "float64": (POOLING, fast(lambda out: out.float().double())),
     "bfloat16": (POOLING, fast(lambda out: out * 1.05)),
-    "wrong_shapes_are_refused": (POOLING, instead(mixer, "_check_tokens", lambda real: lambda *arguments: None)),
+    "autocast": (POOLING, fast(lambda out: out * 1.2)),
+    "wrong_shapes_are_refused": (POOLING, instead(mixer, "check_tokens", lambda real: lambda *arguments: None)),
     "state_dict_round_trip": (
         "AveragePooling(kernel_size=5)",
         instead(mixers.AveragePooling, "__repr__", lambda real: lambda self: "AveragePooling()"),

@@ -1,5 +1,6 @@
 """Text to operator: canonical forms, nesting, context, files of the user's own, and what bad specs are told."""
 
+import os
 import textwrap
 
 import pytest
@@ -72,6 +73,7 @@ def test_repr_is_canonical(spec):
         ("SelfAttention(out_dim=32, num_heads=2, causal=False)", "SelfAttention(num_heads=2)"),
         ("DepthwiseConv(bias=False, kernel_size=5)", "DepthwiseConv(kernel_size=5, bias=False)"),
         (" AveragePooling ( kernel_size = (3, 5) ) ", "AveragePooling(kernel_size=(3, 5))"),
+        ("DepthwiseConv(kernel_size=(5, 5))", "DepthwiseConv(kernel_size=5)"),
         ("LocalMLP(window_size=[3, 5], num_heads=4)", "LocalMLP(window_size=(3, 5), num_heads=4)"),
     ],
 )
@@ -125,6 +127,15 @@ def test_specs_nest(user_file):
         ("__import__('os').system('true')", ["not an operator"]),
         ("nowhere.py:Left", ["nowhere.py", "no file"]),
         ("", ["cannot be read"]),
+        ("SelfAttention(num_heads=4, num_heads=2)", ["num_heads", "twice"]),
+        ("NeighborhoodAttention(num_heads=4, border=masked)", ["border", "masked", "quotes"]),
+        ("SelfAttention(num_heads=4, causal=true)", ["causal", "true", "True or False"]),
+        ("SelfAttention(num_heads=4, causal='False')", ["causal", "'False'", "True or False"]),
+        ("SelfAttention(num_heads={[]: 1})", ["no number"]),
+        ("SelfAttention(out_dim=0)", ["out_dim", "0", "positive"]),
+        ("WindowAttention(num_heads=4, shift_size=1.5)", ["shift_size", "1.5", "whole number"]),
+        ("DepthwiseConv(kernel_size=3.0)", ["kernel_size", "3.0", "whole number"]),
+        ("RelativeAttention(num_heads=4, grid_size=7)", ["grid_size", "(7, 7)"]),
     ],
 )
 def test_a_bad_spec_is_told_what_is_wrong(spec, words):
@@ -137,3 +148,32 @@ def test_a_bad_spec_is_told_what_is_wrong(spec, words):
 def test_a_file_without_the_operator(user_file):
     with pytest.raises(ValueError, match="did you mean 'Left'"):
         build(f"{user_file}:Lefft", 8)
+
+
+def test_repr_of_a_users_operator_builds(user_file):
+    mixer = build(f"{user_file}:Left(step=2)", 8)
+    again = build(repr(mixer), 8)
+    assert type(again) is type(mixer)
+    assert again.step == 2
+
+
+def test_a_users_file_that_cannot_be_loaded(tmp_path):
+    path = tmp_path / "broken.py"
+    path.write_text("import torch\n1 / 0\n")
+    with pytest.raises(ValueError, match=r"broken.py, line 2: ZeroDivisionError"):
+        build(f"{path}:Left", 8)
+    path.write_text("def (\n")
+    with pytest.raises(ValueError, match=r"broken.py, line 1: SyntaxError"):
+        build(f"{path}:Left", 8)
+
+
+def test_a_changed_file_is_read_again_and_its_imports_are_no_operators(user_file):
+    build(f"{user_file}:Left", 8)
+    text = user_file.read_text().replace("class Left", "class Right") + "from torch.nn import Linear\n"
+    user_file.write_text(text)
+    os.utime(user_file, ns=(1, 1))
+    with pytest.raises(ValueError, match="unknown operator 'Left'"):
+        build(f"{user_file}:Left", 8)
+    assert type(build(f"{user_file}:Right", 8)).__name__ == "Right"
+    with pytest.raises(ValueError, match="unknown operator 'Linear'"):
+        build(f"{user_file}:Linear(out_features=3)", 8)

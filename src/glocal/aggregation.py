@@ -52,6 +52,17 @@ class Aggregation:
             )
         if self.index is not None and self.index.dim() != 4:
             raise ValueError(f"index: has shape {tuple(self.index.shape)}, needs four axes [B, G, N, K], any of size 1")
+        if self.index is not None:
+            for axis, own, other in zip("BGNK", self.weights.shape, self.index.shape, strict=True):
+                if own != other and 1 not in (own, other):
+                    raise ValueError(f"index: {other} along {axis}, the weights have {own}; give as many, or 1")
+        for name, rows in (("weights", self.weights), ("index", self.index)):
+            if rows is not None and rows.shape[2] not in (1, self.num_queries):
+                raise ValueError(f"{name}: {rows.shape[2]} queries, query_positions has {self.num_queries}")
+        if self.source_positions.shape[0] != self.num_sources:
+            raise ValueError(
+                f"source_positions: {self.source_positions.shape[0]}, there are {self.num_sources} sources"
+            )
 
     @property
     def num_queries(self) -> int:

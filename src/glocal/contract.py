@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from glocal import mixers
-from glocal.aggregation import aggregate
+from glocal.aggregation import aggregate, grid_positions
 from glocal.evidence import (
     DIM,
     Broken,
@@ -154,6 +154,38 @@ def dense_says_the_same(spec: str, grid: tuple[int, ...]) -> str | None:
     return None
 
 
+def positions_are_those_of_the_grid(spec: str, grid: tuple[int, ...]) -> str | None:
+    """Queries stand at the output grid's coordinates; sources on a grid of equal steps, in the same raster order."""
+    mixer = random_mixer(spec)
+    if (said := _no_weights(mixer)) is not None:
+        return said
+    found = mixer.weights(tokens(2, *grid))
+    close("query_positions", found.query_positions, grid_positions(found.out_grid), 0)
+    coordinates, places = grid_positions(found.source_grid), found.source_positions
+    true(len(coordinates) == len(places), f"source_grid {found.source_grid} does not hold {len(places)} sources")
+    steps = places[-1] - places[0]
+    expected = places[0] + coordinates * (steps / coordinates[-1].clamp(min=1))
+    close("source_positions", places, expected, 1e-5)
+    true(bool((steps >= 0).all()), f"source_positions run backwards: {steps.tolist()}")
+    return None
+
+
+def scores_make_the_weights(spec: str, grid: tuple[int, ...]) -> str | None:
+    """The softmax of the sum of the named terms is the weights, wherever rows sum to 1."""
+    mixer = random_mixer(spec)
+    if not isinstance(mixer, TokenMixer) or type(mixer)._scores is TokenMixer._scores:
+        return "no softmax"
+    x = tokens(2, *grid)
+    found, terms = mixer.weights(x), mixer.scores(x)
+    if not torch.allclose(found.weights.sum(-1), torch.ones((), dtype=torch.float64)):
+        return "more than a softmax"
+    total = sum(terms.values()).expand(found.weights.shape)  # type: ignore[union-attr]
+    seen = found.weights != 0
+    expected = total.masked_fill(~seen, -torch.inf).softmax(-1)
+    close("the softmax of the sum of scores", expected, found.weights, 1e-9)
+    return None
+
+
 def query_subset(spec: str, grid: tuple[int, ...]) -> str | None:
     """A subset of the queries gives those rows, of the output and of the weights."""
     mixer = random_mixer(spec)
@@ -204,16 +236,22 @@ def padding_changes_nothing(spec: str, grid: tuple[int, ...]) -> str | None:
         close("the padded image", _corner(padded[1], own_out), path(_corner(x[1], own)[None])[0], 1e-9)
         close("the image that fills the grid", padded[0], path(x[:1])[0], 1e-9)
     mixer.train()
-    noise = torch.where(valid[..., None], x, 100 * torch.randn_like(x))
+    rubbish = 100 * torch.randn_like(x)
+    rubbish[..., 0], rubbish[..., 1] = torch.nan, torch.inf
+    noise = torch.where(valid[..., None], x, rubbish)
     start = copy.deepcopy(mixer.state_dict())
     for path in (mixer, mixer.reference):
         seen = []
         for padded in (x, noise):
             mixer.load_state_dict(start)
+            padded = padded.clone().requires_grad_()
             out = path(padded, valid=valid)
-            seen.append([out[0], _corner(out[1], own_out), *(b.clone().double() for b in mixer.buffers())])
+            real = [out[0], _corner(out[1], own_out)]
+            grads = torch.autograd.grad(real[0].square().sum() + real[1].square().sum(), [padded, *mixer.parameters()])
+            buffers = [b.clone().double() for b in mixer.buffers()]
+            seen.append([*real, *buffers, grads[0].masked_fill(~valid[..., None], 0), *grads[1:]])
         for one, other in zip(*seen, strict=True):
-            close("real tokens or statistics in training, after the padding changed", one, other, 1e-9)
+            close("real tokens, gradients or statistics in training, after the padding changed", one, other, 1e-9)
     return None
 
 
@@ -225,8 +263,10 @@ def looking_changes_nothing(spec: str, grid: tuple[int, ...]) -> str | None:
             return said
         x = tokens(2, *grid)
         plain = copy.deepcopy(mixer)(x)
+        draws = torch.get_rng_state()
         with inspect(mixer) as seen:
             out = mixer(x)
+        true(training or torch.equal(draws, torch.get_rng_state()), "a forward pass in evaluation draws random numbers")
         true(torch.equal(out, plain), "the output differs from the one without inspect")
         state, draws = copy.deepcopy(mixer.state_dict()), torch.get_rng_state()
         (call,) = seen
@@ -273,15 +313,28 @@ def bfloat16(spec: str, grid: tuple[int, ...]) -> str | None:
     return None
 
 
+def autocast(spec: str, grid: tuple[int, ...]) -> str | None:
+    """Under autocast to bfloat16 the output stays within 6 % of the largest entry, and every gradient is finite."""
+    exact, mixer = random_mixer(spec), random_mixer(spec).float()
+    x = tokens(2, *grid)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = with_grads(mixer, mixer, x.float())
+    close("the output under autocast", found["the output"].double(), exact.reference(x), 0.06)
+    for name, value in found.items():  # no closer: where rounding flips a ReLU, the gradient rightly jumps
+        true(bool(value.isfinite().all()), f"{name} under autocast is not finite")
+    return None
+
+
 def compiles(spec: str, grid: tuple[int, ...]) -> str | None:
     """torch.compile(fullgraph=True) with aot_eager, forward and backward."""
-    mixer = random_mixer(spec)
-    x = tokens(2, *grid)
-    torch._dynamo.reset()
-    compiled = torch.compile(mixer, backend="aot_eager", fullgraph=True)
-    expected = with_grads(mixer, mixer, x)
-    for name, value in with_grads(mixer, compiled, x).items():
-        close(f"{name} of the compiled module", value, expected[name], 1e-6)
+    for training in (False, True):
+        mixer = random_mixer(spec).train(training)
+        x = tokens(2, *grid)
+        torch._dynamo.reset()
+        compiled = torch.compile(mixer, backend="aot_eager", fullgraph=True)
+        expected = with_grads(mixer, mixer, x)
+        for name, value in with_grads(mixer, compiled, x).items():
+            close(f"{name} of the compiled module", value, expected[name], 1e-6)
     torch._dynamo.reset()
     return None
 
@@ -310,19 +363,14 @@ def state_dict_round_trip(spec: str, grid: tuple[int, ...]) -> str | None:
 
 
 def wrong_shapes_are_refused(spec: str, grid: tuple[int, ...]) -> str | None:
-    """Wrong channels and a wrong rank raise a ValueError that holds both numbers."""
+    """Wrong channels, a wrong rank or another mask raise a ValueError that holds what was given and needed."""
     mixer = random_mixer(spec)
-    _refuses(mixer, torch.zeros(2, *grid, DIM - 1, dtype=torch.float64), str(DIM - 1), str(DIM))
-    _refuses(mixer, torch.zeros(2, DIM, dtype=torch.float64), "2", str(DIM))
+    _refuses(mixer, torch.zeros(2, *grid, DIM - 1), f"{DIM - 1} channels", f"dim is {DIM}")
+    _refuses(mixer, torch.zeros(2, DIM), f"(2, {DIM})", f"[B, *grid, {DIM}]")
     if (rank := getattr(mixer, "rank", None)) is not None:
-        _refuses(mixer, torch.zeros(2, *[3] * (rank + 1), DIM, dtype=torch.float64), str(rank), str(rank + 1))
-    _refuses(
-        mixer,
-        tokens(2, *grid),
-        "valid",
-        str(tuple(grid))[1:-2],
-        valid=torch.ones(2, *[n + 1 for n in grid], dtype=torch.bool),
-    )
+        _refuses(mixer, torch.zeros(2, *[3] * (rank + 1), DIM), f"rank {rank}", f"rank {rank + 1}")
+    larger = (2, *[n + 1 for n in grid])
+    _refuses(mixer, tokens(2, *grid), f"valid has shape {larger}", str((2, *grid)), valid=torch.ones(larger) > 0)
     return None
 
 
@@ -340,8 +388,9 @@ Check = Callable[[str, tuple[int, ...]], str | None]
 
 # which checks run on which grids
 ON_EVERY_GRID: tuple[Check, ...] = (
-    forward_equals_definition, empty_batch, dense_says_the_same, query_subset, causal_reads_no_later_token,
-    looking_changes_nothing, forced_fast_never_falls_back, float32, float64, bfloat16, wrong_shapes_are_refused,
+    forward_equals_definition, empty_batch, dense_says_the_same, positions_are_those_of_the_grid,
+    scores_make_the_weights, query_subset, causal_reads_no_later_token, looking_changes_nothing,
+    forced_fast_never_falls_back, float32, float64, bfloat16, autocast, wrong_shapes_are_refused,
 )  # fmt: skip
 ON_LARGE_GRIDS: tuple[Check, ...] = (padding_changes_nothing, state_dict_round_trip, declared_cost)
 ON_SMALL_GRIDS: tuple[Check, ...] = (gradient, double_backward)
@@ -373,11 +422,13 @@ def _definition_forbidden(mixer: TokenMixer) -> Iterator[None]:
     def forbidden(*args: object, **kwargs: object) -> Tensor:
         raise Broken("impl='fast' fell back to the definition")
 
-    mixer.reference = forbidden  # type: ignore[method-assign]
+    for name in ("reference", "weights", "_weights"):
+        setattr(mixer, name, forbidden)
     try:
         yield
     finally:
-        del mixer.reference
+        for name in ("reference", "weights", "_weights"):
+            delattr(mixer, name)
 
 
 def _no_weights(mixer: nn.Module) -> str | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from glocal.aggregation import Aggregation, aggregate
-from glocal.mixer import Cache, TokenMixer
+from glocal.mixer import Cache, TokenMixer, modes_kept
 
 # largest difference, relative to the largest entry, at which a rebuilt output counts as the recorded one
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
@@ -26,7 +26,9 @@ class Call:
         self.mixer = mixer
         self.output = output
         self._call = call
-        self._training = mixer.training
+        self._modes = [(part, part.training) for part in mixer.modules()]
+        device = output.device.type
+        self._autocast = (torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         self._versions = _versions(call, output, mixer)
 
     @property
@@ -42,7 +44,8 @@ class Call:
                 recorded output within `TOLERANCE`: then nothing can be said about that call.
         """
         found, error = self._rebuild(queries)
-        tolerance = TOLERANCE.get(self.output.dtype, 1e-4)
+        dtype, enabled = self._autocast
+        tolerance = TOLERANCE.get(dtype if enabled else self.output.dtype, 1e-4)
         if not error <= tolerance:
             raise ValueError(
                 f"{self.name}: its weights rebuild the recorded output with a relative error of {error:.1e}, more than "
@@ -64,16 +67,19 @@ class Call:
         asked = call.get("queries")
         if queries is not None:
             call["queries"] = queries if asked is None else asked[queries]
-        was_training = self.mixer.training
-        self.mixer.train(self._training)
-        try:
+        dtype, enabled = self._autocast
+        with (
+            modes_kept(self.mixer),
+            torch.inference_mode(self.output.is_inference()),
+            torch.autocast(self.output.device.type, dtype, enabled),
+        ):
+            for part, training in self._modes:
+                part.training = training
             found = self.mixer.weights(**call)
             with torch.no_grad():
                 x, bound = self.mixer._bind(call.pop("x"), call)
                 rebuilt = self.mixer.project(aggregate(found, self.mixer._values(x, bound)))
-        finally:
-            self.mixer.train(was_training)
-        output = self.output.detach().reshape(rebuilt.shape[0], -1, rebuilt.shape[-1])
+        output = self.output.detach().flatten(1, -2)
         output = output if queries is None else output[:, queries]
         if output.numel() == 0:
             return found, 0.0
@@ -92,10 +98,11 @@ class Inspection:
         self._model = model
         self._hooks: list[Any] = []
         self._open: dict[int, list[dict[str, Any]]] = {}
+        self._canonical: dict[str, str] = {}  # every name of a mixer to the one its calls bear
 
     def __enter__(self) -> "Inspection":
-        names: dict[int, str] = {}
-        for name, module in self._model.named_modules():
+        first: dict[int, str] = {}
+        for name, module in self._model.named_modules(remove_duplicate=False):
             if (
                 isinstance(module, torch._dynamo.OptimizedModule)
                 or getattr(module, "_compiled_call_impl", None) is not None
@@ -104,12 +111,11 @@ class Inspection:
                     f"{name or 'the model'}: is compiled, its inside cannot be seen; inspect it before torch.compile"
                 )
             if isinstance(module, TokenMixer):
-                names.setdefault(id(module), name or type(module).__name__)
-        for module in self._model.modules():
-            if id(module) in names:
-                name = names[id(module)]
-                self._hooks.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
-                self._hooks.append(module.register_forward_hook(self._after(name), with_kwargs=True))
+                name = name or type(module).__name__
+                self._canonical[name] = first.setdefault(id(module), name)
+                if self._canonical[name] == name:
+                    self._hooks.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
+                    self._hooks.append(module.register_forward_hook(self._after(name), with_kwargs=True))
         return self
 
     def __exit__(
@@ -119,6 +125,11 @@ class Inspection:
             hook.remove()
         self._hooks.clear()
         self._open.clear()
+        if error is None and self._canonical and not self.calls:
+            raise ValueError(
+                "inspect: no token mixer was called; run the model inside the block, and not through torch.compile, "
+                "where nothing can be seen"
+            )
 
     def __iter__(self) -> Iterator[Call]:
         return iter(self.calls)
@@ -128,13 +139,15 @@ class Inspection:
 
     def __getitem__(self, name: str) -> list[Call]:
         """All calls of one module, in order: a shared or checkpointed module is called more than once."""
-        found = [call for call in self.calls if call.name == name]
+        found = [call for call in self.calls if call.name == self._canonical.get(name, name)]
         if not found:
             names = ", ".join(dict.fromkeys(call.name for call in self.calls)) or "none"
             raise KeyError(f"no call of {name!r}; recorded: {names}")
         return found
 
     def _before(self, mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            raise ValueError(f"{type(mixer).__name__}: runs inside a compiled region, where inspect sees nothing")
         bound = signatures.signature(mixer.forward).bind(*args, **kwargs).arguments
         # the call moves its cache on; keep what it held before
         call = {
@@ -171,6 +184,10 @@ def _versions(call: dict[str, Any], output: Tensor, mixer: nn.Module) -> dict[st
     tensors = {f"its input {name}": value for name, value in call.items() if isinstance(value, Tensor)}
     tensors["its output"] = output
     tensors |= {f"its parameter {name}": value for name, value in mixer.named_parameters()}
+    for path, part in mixer.named_modules():
+        if not part.training:  # in training a batch norm's statistics move and do not matter
+            owned = part.named_buffers(prefix=path, recurse=False)
+            tensors |= {f"its buffer {name}": value for name, value in owned}
     return {name: tensor._version for name, tensor in tensors.items() if not tensor.is_inference()}
 
 

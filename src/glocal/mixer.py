@@ -9,14 +9,26 @@ Shape letters: B batch, S grid, C channels, G groups (heads), N queries, M sourc
 
 import inspect
 import math
+import types
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from glocal.aggregation import Aggregation, aggregate
+from glocal.arguments import (
+    CALL,
+    check_positions,
+    check_queries,
+    check_tokens,
+    check_valid,
+    finite_outside,
+    given,
+    positive,
+)
 
 
 class Unsupported(ValueError):
@@ -26,13 +38,14 @@ class Unsupported(ValueError):
 class Cache:
     """What a causal operator remembers of earlier tokens, so that a call needs to bring only the new ones.
 
-    `join` never changes what was remembered; `commit`, called once at the end of a forward pass, does. So the
-    weights of a call can be asked for again, as often as wanted.
+    One mixer's: give each layer of a network its own. `join` never changes what was remembered; `commit`, called
+    once at the end of a forward pass, does.
     """
 
     def __init__(self) -> None:
         self._past: dict[str, Tensor] = {}
         self._joined: dict[str, Tensor] = {}
+        self._owner: int | None = None
 
     def __len__(self) -> int:
         """Tokens remembered."""
@@ -40,8 +53,10 @@ class Cache:
 
     def join(self, name: str, new: Tensor) -> Tensor:
         """`new` [B, t, ...] behind what is remembered under this name."""
-        past = self._past.get(name)
-        self._joined[name] = new if past is None else torch.cat([past, new], dim=1)
+        past = self._past.get(name, new[:, :0])
+        if past.shape[0] != new.shape[0]:
+            raise ValueError(f"cache: remembers {past.shape[0]} sequences, x has {new.shape[0]}")
+        self._joined[name] = torch.cat([past, new], dim=1)
         return self._joined[name]
 
     def commit(self) -> None:
@@ -52,8 +67,17 @@ class Cache:
     def copy(self) -> "Cache":
         """The same memory now; later commits to either do not touch the other."""
         other = Cache()
-        other._past = dict(self._past)
+        other._past, other._owner = dict(self._past), self._owner
         return other
+
+    def belong_to(self, mixer: nn.Module) -> None:
+        """Refuses a second mixer, whose keys and values would mix with those of the first."""
+        if self._owner is None:
+            self._owner = id(mixer)
+        elif self._owner != id(mixer):
+            raise ValueError(
+                f"cache: holds another layer's tokens; give this {type(mixer).__name__} a Cache of its own"
+            )
 
 
 class TokenMixer(nn.Module, ABC):
@@ -81,6 +105,7 @@ class TokenMixer(nn.Module, ABC):
     """
 
     impl: Literal["auto", "reference", "fast"] = "auto"
+    defined_in = ""  # "path/to/file.py:" for an operator of a user's file
     examples: ClassVar[tuple[str, ...]] = ()
 
     dim: int
@@ -94,17 +119,26 @@ class TokenMixer(nn.Module, ABC):
         self.dim, self.rank = dim, rank
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        final = next(
+            (base for base in cls.__mro__[1:-1] if base is not TokenMixer and "_weights" in base.__dict__), None
+        )
+        if final is not None:
+            raise TypeError(f"{cls.__name__}: {final.__name__} is final; write an operator, or hold a {final.__name__}")
         # What an operator writes as `weights` becomes the hook `_weights`; the name itself stays the checked
         # public call of this class, the same for all operators.
-        super().__init_subclass__(**kwargs)
         for name in ("weights", "scores", "unsupported"):
             if name in cls.__dict__:
                 setattr(cls, f"_{name}", cls.__dict__[name])
                 setattr(cls, name, TokenMixer.__dict__[name])
-        cls._takes = {
-            name: frozenset(inspect.signature(getattr(cls, name)).parameters) - {"self", "x", "values"}
-            for name in ("_weights", "_scores", "_unsupported", "fast")
-        }
+        cls._takes = {name: _arguments(cls, name) for name in ("_weights", "_scores", "_unsupported", "fast")}
+        # torch.compile counts recompilations by code object: one of its own for each class, or the ninth
+        # operator compiled by itself would go over the limit and run eagerly
+        code = TokenMixer.forward.__code__.replace(co_qualname=f"{cls.__qualname__}.forward")
+        forward = types.FunctionType(code, TokenMixer.forward.__globals__, "forward", TokenMixer.forward.__defaults__)
+        forward.__kwdefaults__ = TokenMixer.forward.__kwdefaults__
+        forward.__annotations__, forward.__doc__ = TokenMixer.forward.__annotations__, TokenMixer.forward.__doc__
+        cls.forward = forward  # type: ignore[method-assign]
 
     _takes: ClassVar[dict[str, frozenset[str]]] = {}
 
@@ -159,7 +193,8 @@ class TokenMixer(nn.Module, ABC):
             x: [B, *S, C].
             source: [B, *S', C], where values (and keys) come from instead of x.
             grid: x is flat, [B, P + prod(grid), C]: P class or register tokens, then a grid of this shape.
-            valid: bool, True at real tokens of the source (x if there is none): [B, *S], flat if x is.
+            valid: bool, True at real tokens of the source (x if there is none): [B, *S], or flat [B, M]. Real
+                tokens get what they would get without the padding; what padded ones get is not specified.
             pos_embed: added to x for queries, and for keys if there is no source; never to values.
             source_pos_embed: added to the source for keys.
             queries: int64 [Q], positions in the flattened output; only these are computed.
@@ -172,10 +207,12 @@ class TokenMixer(nn.Module, ABC):
             ValueError: an argument of the wrong shape, or one that this operator does not take.
             Unsupported: `impl` is "fast" and the fast path cannot run; says why.
         """
-        call = _given(
+        call = given(
             source=source, grid=grid, valid=valid, pos_embed=pos_embed, source_pos_embed=source_pos_embed,
             queries=queries, cache=cache,
         )  # fmt: skip
+        if self.impl not in ("auto", "reference", "fast"):
+            raise ValueError(f"{type(self).__name__}: impl is {self.impl!r}; it must be 'auto', 'reference' or 'fast'")
         if self.impl == "reference":
             return self.reference(x, **call)
         reason = self.unsupported(x, **call)
@@ -192,7 +229,7 @@ class TokenMixer(nn.Module, ABC):
 
     def reference(self, x: Tensor, source: Tensor | None = None, **call: Any) -> Tensor:
         """The definition, project(aggregate(weights, values)); arguments and result as `forward`."""
-        call = _given(source=source, **call)
+        call = given(source=source, **call)
         shape = self._out_shape(x, call)
         x, call = self._bind(x, call)
         out = self.project(aggregate(self._aggregation(x, call, update=True), self._values(x, call)))
@@ -202,13 +239,13 @@ class TokenMixer(nn.Module, ABC):
 
     def weights(self, x: Tensor, source: Tensor | None = None, **call: Any) -> Aggregation:
         """How much of every source goes into every query; arguments as `forward`. Changes no state."""
-        call = _given(source=source, **call)
+        call = _looking(given(source=source, **call))
         x, call = self._bind(x, call)
         return self._aggregation(x, call, update=False)
 
     def scores(self, x: Tensor, source: Tensor | None = None, **call: Any) -> dict[str, Tensor]:
         """The named terms before the softmax ("content", "position"), each broadcastable to [B, G, N, K]."""
-        call = _given(source=source, **call)
+        call = _looking(given(source=source, **call))
         x, call = self._bind(x, call)
         return self._scores(x, **self._only("_scores", call))
 
@@ -216,11 +253,13 @@ class TokenMixer(nn.Module, ABC):
         """Why the fast path cannot run on these arguments, in a sentence; None if it can."""
         if type(self).fast is TokenMixer.fast:
             return "has no fast path"
-        x, call = self._bind(x, _given(source=source, **call))
+        x, call = self._bind(x, given(source=source, **call))
         for name in call:
             # zeroed values are all that `valid` means to an operator whose weights do not name it
             if name not in self._takes["fast"] and (name != "valid" or "valid" in self._takes["_weights"]):
                 return f"the fast path does not take {name}, the definition does"
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            return "transforms of torch.func go through the definition"
         return self._unsupported(x, **self._only("_unsupported", call))
 
     def counted_macs(self, grid: Sequence[int]) -> int:
@@ -230,18 +269,14 @@ class TokenMixer(nn.Module, ABC):
         state = {name: torch.empty_like(t, device="meta") for name, t in self.state_dict(keep_vars=True).items()}
         like = next((t for t in state.values() if t.is_floating_point()), torch.empty(0))
         x = torch.empty(1, *grid, self.dim, device="meta", dtype=like.dtype)
-        was_training = self.training
-        self.eval()
-        try:
-            with FlopCounterMode(display=False) as counter:
-                torch.func.functional_call(_Definition(self), {f"mixer.{k}": v for k, v in state.items()}, (x,))
-        finally:
-            self.train(was_training)
+        with modes_kept(self), FlopCounterMode(display=False) as counter:
+            self.eval()
+            torch.func.functional_call(_Definition(self), {f"mixer.{k}": v for k, v in state.items()}, (x,))
         return counter.get_total_flops() // 2  # it counts a multiply-add as two operations
 
     def __repr__(self) -> str:
         """The canonical spec: `glocal.build(repr(mixer), mixer.dim)` is the same operator."""
-        given = []
+        shown = []
         for name, parameter in inspect.signature(type(self).__init__).parameters.items():
             if name in ("self", "dim", "head_dim"):  # head_dim is said by num_heads
                 continue
@@ -249,9 +284,11 @@ class TokenMixer(nn.Module, ABC):
             if isinstance(parameter.default, bool) and not isinstance(value, bool):
                 value = value is not None  # `bias` names the argument and the parameter it makes
             value = tuple(value) if isinstance(value, list) else value
+            if isinstance(value, tuple) and isinstance(parameter.default, int) and len({*value}) == 1:
+                value = value[0]  # 3 and (3, 3) are one kernel
             if value != parameter.default and not (name == "out_dim" and value == self.dim):
-                given.append(f"{name}={value!r}")
-        return f"{type(self).__name__}({', '.join(given)})"
+                shown.append(f"{name}={value!r}")
+        return f"{self.defined_in}{type(self).__name__}({', '.join(shown)})"
 
     def _bind(self, x: Tensor, call: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """Checks the arguments; reshapes a flat x for operators that know nothing of `grid`."""
@@ -260,23 +297,21 @@ class TokenMixer(nn.Module, ABC):
         for argument in call:
             if argument not in takes and argument not in ("valid", "queries", "grid"):
                 raise ValueError(f"{name}: does not take {argument}; its weights do not depend on one")
-        _check_tokens(name, "x", x, self.dim)
-        source = call.get("source")
+        check_tokens(name, "x", x, self.dim)
+        source, grid = call.get("source"), call.get("grid")
         if source is not None:
-            _check_tokens(name, "source", source, self.dim)
+            check_tokens(name, "source", source, self.dim)
             if source.shape[0] != x.shape[0]:
                 raise ValueError(f"{name}: source has {source.shape[0]} images, x has {x.shape[0]}")
-        valid, grid = call.get("valid"), call.get("grid")
-        if valid is not None:
-            tokens = (x if source is None else source).shape[:-1]
-            if "cache" in call:
-                tokens = (tokens[0], tokens[1] + len(call["cache"]))
-            if valid.dtype != torch.bool or valid.shape[0] != tokens[0] or valid[0:1].numel() != math.prod(tokens[1:]):
-                raise ValueError(
-                    f"{name}: valid has shape {tuple(valid.shape)} and dtype {valid.dtype}; "
-                    f"needs {tuple(tokens)} and torch.bool, True at real tokens"
-                )
-            call["valid"] = valid = valid.reshape(tokens)
+        if "cache" in call:
+            call["cache"].belong_to(self)
+        for argument, tokens in (("pos_embed", x), ("source_pos_embed", x if source is None else source)):
+            if argument in call:
+                call[argument] = check_positions(name, argument, call[argument], tokens)
+        if "queries" in call:
+            check_queries(name, call["queries"])
+        if "valid" in call:
+            x, call = self._bind_valid(x, call)
         if grid is not None:
             call["grid"] = grid = tuple(grid)
             prefix = x.shape[1] - math.prod(grid)
@@ -289,13 +324,24 @@ class TokenMixer(nn.Module, ABC):
                     raise ValueError(f"{name}: {prefix} class tokens in front of grid {grid}; it has no place for any")
                 x = x.unflatten(1, grid)
                 del call["grid"]
-                if valid is not None:
-                    call["valid"] = valid.unflatten(1, grid)
+                for argument in call.keys() & {"valid", "pos_embed"}:
+                    call[argument] = call[argument].unflatten(1, grid)
         if self.rank is not None and x.dim() - 2 != self.rank:
             raise ValueError(
                 f"{name}: built for rank {self.rank}, x has a grid of rank {x.dim() - 2}, {tuple(x.shape[1:-1])}; "
                 f"build it with rank={x.dim() - 2}"
             )
+        return x, call
+
+    def _bind_valid(self, x: Tensor, call: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        source = call.get("source")
+        tokens = tuple((x if source is None else source).shape[:-1])
+        past = len(call["cache"]) if "cache" in call else 0
+        valid = check_valid(type(self).__name__, call["valid"], (tokens[0], tokens[1] + past, *tokens[2:]))
+        call["valid"] = valid
+        if source is None:
+            return finite_outside(x, valid[:, past:]), call
+        call["source"] = finite_outside(source, valid)
         return x, call
 
     def _only(self, hook: str, call: dict[str, Any], *, update: bool = False) -> dict[str, Any]:
@@ -342,63 +388,38 @@ class _Definition(nn.Module):
         return self.mixer.reference(x)
 
 
-ARGUMENTS = ("source", "grid", "valid", "pos_embed", "source_pos_embed", "queries", "cache")
+@contextmanager
+def modes_kept(module: nn.Module) -> Iterator[None]:
+    """Training or evaluation of every submodule is afterwards what it was: a frozen batch norm stays frozen."""
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
-def _given(**call: Any) -> dict[str, Any]:
-    """The arguments of a call that were given."""
-    for name in call:
-        if name not in ARGUMENTS:
-            raise TypeError(f"a token mixer has no call argument {name!r}; it has {', '.join(ARGUMENTS)}")
-    return {name: value for name, value in call.items() if value is not None}
+def _looking(call: dict[str, Any]) -> dict[str, Any]:
+    """The same call on a copy of the cache, so that nothing is left to commit."""
+    return call | {"cache": call["cache"].copy()} if "cache" in call else call
 
 
-def _check_tokens(mixer: str, name: str, tokens: Tensor, dim: int) -> None:
-    if tokens.dim() < 3:
-        raise ValueError(f"{mixer}: {name} has shape {tuple(tokens.shape)}, needs [B, *grid, {dim}]")
-    if tokens.shape[-1] != dim:
-        raise ValueError(f"{mixer}: {name} has {tokens.shape[-1]} channels, dim is {dim}; channels come last")
+def _arguments(cls: type[TokenMixer], hook: str) -> frozenset[str]:
+    """The call arguments that a hook names.
 
-
-def positive(name: str, value: int) -> int:
-    """`value` if it is a positive whole number, else a ValueError that names it."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}: {value!r}, must be a positive whole number")
-    return value
-
-
-def per_axis(name: str, value: int | Sequence[int], rank: int) -> tuple[int, ...]:
-    """One positive number for each axis of the grid, from one for all or one for each."""
-    sizes = (value,) * rank if isinstance(value, int) else tuple(value)
-    if len(sizes) != rank:
-        raise ValueError(
-            f"{name}: {value!r} has {len(sizes)} entries, rank is {rank}; give one number or one for each axis"
-        )
-    return tuple(positive(name, size) for size in sizes)
-
-
-def odd_kernel(name: str, value: int | Sequence[int], rank: int) -> tuple[int, ...]:
-    """`per_axis` for kernels that need a centre."""
-    sizes = per_axis(name, value, rank)
-    if any(size % 2 == 0 for size in sizes):
-        raise ValueError(f"{name}: {value!r}, must be odd, so that a window has a centre; try {sizes[0] | 1}")
-    return sizes
-
-
-def resolve_heads(dim: int, num_heads: int | None, head_dim: int | None) -> int:
-    """The number of heads from either argument; head_dim is 32 where neither is given."""
-    if num_heads is not None and head_dim is not None and num_heads * head_dim != dim:
-        raise ValueError(
-            f"num_heads: {num_heads} heads of head_dim {head_dim} make {num_heads * head_dim}, not {dim}; give one"
-        )
-    if num_heads is None:
-        head_dim = positive("head_dim", 32 if head_dim is None else head_dim)
-        if dim % head_dim:
-            raise ValueError(
-                f"head_dim: {head_dim} does not divide {dim} channels; give num_heads or a head_dim that does"
+    Raises:
+        TypeError: the hook names something else, or takes anything.
+    """
+    named = {
+        name: p for name, p in inspect.signature(getattr(cls, hook)).parameters.items() if name not in ("self", "x")
+    }
+    if getattr(cls, hook) is getattr(TokenMixer, hook):
+        return frozenset()
+    known = {*CALL, "update_statistics", *(["values"] if hook == "fast" else [])}
+    for name, parameter in named.items():
+        if name not in known or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            raise TypeError(
+                f"{cls.__name__}.{hook.lstrip('_')}: {parameter} is no argument of a call; "
+                f"name those that it uses, out of {', '.join(CALL)}"
             )
-        return dim // head_dim
-    positive("num_heads", num_heads)
-    if dim % num_heads:
-        raise ValueError(f"num_heads: {num_heads} does not divide {dim} channels")
-    return num_heads
+    return frozenset(named) - {"values"}

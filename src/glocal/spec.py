@@ -6,9 +6,12 @@ never evaluated. `repr` of a mixer is its canonical spec.
 
 import ast
 import difflib
+import hashlib
 import importlib.util
 import inspect
 import re
+import sys
+import traceback
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -44,11 +47,12 @@ def build(spec: str | nn.Module, dim: int, **context: Any) -> nn.Module:
         return spec
     text = spec.strip()
     of_a_file = _OF_A_FILE.fullmatch(text)
-    operators = _classes_of(of_a_file["path"]) if of_a_file else {name: getattr(mixers, name) for name in available()}
+    operators = _operators_of(of_a_file["path"]) if of_a_file else {name: getattr(mixers, name) for name in available()}
     call = of_a_file["call"] if of_a_file else text
     try:
         node = ast.parse(call, mode="eval").body
-    except SyntaxError as error:
+    except (SyntaxError, RecursionError) as error:
+        error = error if isinstance(error, SyntaxError) else SyntaxError("too deeply nested")
         raise ValueError(
             f"spec: {text!r} cannot be read ({error.msg}); write it as Name(argument=value, ...)"
         ) from None
@@ -76,6 +80,11 @@ def _build(node: ast.expr, text: str, dim: int, operators: dict[str, type], cont
     for key, value in keywords.items():
         if key not in parameters:
             raise ValueError(f"spec: {text!r}: {name} has no argument {key!r}; {nearest(key, parameters)}")
+        if isinstance(value, ast.Name) and value.id not in operators:
+            raise ValueError(
+                f"spec: {text!r}: {key} is {value.id}, which is no operator; write text in quotes, and True or False "
+                f"with a capital; {nearest(value.id, operators)}"
+            )
         arguments[key] = _value(value, text, dim, operators, context)
     try:
         return operator(dim, **arguments)
@@ -93,7 +102,11 @@ def _name_and_keywords(node: ast.expr, text: str) -> tuple[str, dict[str, ast.ex
         return function.id, {}
     if node.args or any(keyword.arg is None for keyword in node.keywords):
         raise ValueError(f"spec: {text!r}: arguments must be named, as in {function.id}(argument=value)")
-    return function.id, {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg}
+    named = [str(keyword.arg) for keyword in node.keywords]
+    twice = next((name for name in named if named.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"spec: {text!r}: {twice} is given twice")
+    return function.id, {str(keyword.arg): keyword.value for keyword in node.keywords}
 
 
 def _value(node: ast.expr, text: str, dim: int, operators: dict[str, type], context: dict[str, Any]) -> Any:
@@ -102,22 +115,39 @@ def _value(node: ast.expr, text: str, dim: int, operators: dict[str, type], cont
         return _build(node, text, dim, operators, context)
     try:
         return ast.literal_eval(node)
-    except ValueError:
+    except (ValueError, TypeError, RecursionError):
         raise ValueError(f"spec: {text!r}: {ast.unparse(node)!r} is no number, text, tuple or operator") from None
 
 
-@cache
-def _classes_of(path: str) -> dict[str, type]:
+def _operators_of(path: str) -> dict[str, type]:
     """Operators defined in a user's file, besides our own, which they may nest."""
-    file = Path(path)
+    file = Path(path).expanduser()
     if not file.is_file():
         raise ValueError(f"spec: no file {path!r}; give the path of a Python file that defines the operator")
-    module_spec = importlib.util.spec_from_file_location(f"glocal_user_{file.stem}", file)
+    found = _classes_of(file.resolve(), file.stat().st_mtime_ns, path)
+    return {name: getattr(mixers, name) for name in available()} | found
+
+
+@cache
+def _classes_of(file: Path, changed_at: int, path: str) -> dict[str, type]:
+    """The classes of a file as it was at a time; run once, not once for each operator built."""
+    name = f"glocal_user_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
+    module_spec = importlib.util.spec_from_file_location(name, file)
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    ours = {name: getattr(mixers, name) for name in available()}
-    return ours | {name: value for name, value in vars(module).items() if _is_operator(name, value)}
+    sys.modules[name] = module  # dataclasses and pickle look there
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        line = next(
+            (f.lineno for f in reversed(traceback.extract_tb(error.__traceback__)) if f.filename == str(file)), None
+        )
+        line = error.lineno if isinstance(error, SyntaxError) else line
+        raise ValueError(f"{path}, line {line}: {type(error).__name__}: {error}; the file cannot be loaded") from error
+    own = {n: v for n, v in vars(module).items() if _is_operator(n, v) and v.__module__ == name}
+    for operator in own.values():
+        operator.defined_in = f"{path}:"
+    return own
 
 
 def _is_operator(name: str, value: Any) -> bool:

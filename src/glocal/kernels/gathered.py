@@ -32,9 +32,10 @@ def gathered_scores(q: Tensor, k: Tensor, index: Tensor) -> Tensor:
     _check(q, k, index)
     out = q.new_empty(*q.shape[:3], index.shape[-1])
     wide = _wide(q)
-    for slot, (rows, inside) in enumerate(_slots(index, q.shape[0], k.shape[1])):
-        picked = k.flatten(0, 1).index_select(0, rows).view_as(q)
-        out[..., slot] = (q.to(wide) * picked.to(wide)).sum(-1) * inside
+    k = _with_zero(k)
+    for slot, (rows, inside) in enumerate(_slots(index, q.shape[0], len(k) - 1)):
+        picked = k.index_select(0, rows).view_as(q)
+        out[..., slot] = torch.where(inside, (q.to(wide) * picked.to(wide)).sum(-1), 0)
     return out
 
 
@@ -55,9 +56,10 @@ def gathered_sum(w: Tensor, v: Tensor, index: Tensor) -> Tensor:
     _check(w, v, index)
     wide = _wide(w)
     out = torch.zeros(*w.shape[:3], v.shape[-1], dtype=wide, device=w.device)
-    for slot, (rows, inside) in enumerate(_slots(index, w.shape[0], v.shape[1])):
-        picked = v.flatten(0, 1).index_select(0, rows).view(*w.shape[:3], v.shape[-1])
-        out.addcmul_(picked.to(wide), (w[..., slot].to(wide) * inside)[..., None])
+    width, v = v.shape[-1], _with_zero(v)
+    for slot, (rows, inside) in enumerate(_slots(index, w.shape[0], len(v) - 1)):
+        picked = v.index_select(0, rows).view(*w.shape[:3], width)
+        out.addcmul_(picked.to(wide), torch.where(inside, w[..., slot].to(wide), 0)[..., None])
     return out.to(w.dtype)
 
 
@@ -75,17 +77,23 @@ def gathered_scatter(w: Tensor, y: Tensor, index: Tensor, num_sources: int) -> T
         [B, M, G, D].
     """
     wide = _wide(y)
-    out = torch.zeros(y.shape[0] * num_sources, *y.shape[2:], dtype=wide, device=y.device)
-    for slot, (rows, inside) in enumerate(_slots(index, y.shape[0], num_sources)):
-        out.index_add_(0, rows, ((w[..., slot].to(wide) * inside)[..., None] * y.to(wide)).flatten(0, 1))
-    return out.view(y.shape[0], num_sources, *y.shape[2:]).to(y.dtype)
+    total = y.shape[0] * num_sources
+    out = torch.zeros(total + 1, *y.shape[2:], dtype=wide, device=y.device)
+    for slot, (rows, _) in enumerate(_slots(index, y.shape[0], total)):
+        out.index_add_(0, rows, (w[..., slot].to(wide)[..., None] * y.to(wide)).flatten(0, 1))
+    return out[:total].view(y.shape[0], num_sources, *y.shape[2:]).to(y.dtype)
 
 
-def _slots(index: Tensor, batch: int, num_sources: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each slot: rows of the flattened [B * M] sources, and whether the slot holds one, [B or 1, N, 1]."""
+def _with_zero(sources: Tensor) -> Tensor:
+    """[B, M, G, D] -> [B*M + 1, G, D]; what empty slots read is a row of zeros, whatever the sources hold."""
+    return torch.cat([sources.flatten(0, 1), sources.new_zeros(1, *sources.shape[2:])])
+
+
+def _slots(index: Tensor, batch: int, total: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each slot: rows of the flattened sources (`total` if empty), and whether it is full [B or 1, N, 1]."""
     inside = index >= 0
-    first = torch.arange(batch, device=index.device).view(-1, 1, 1) * num_sources
-    rows = (index.clamp(min=0) + first).movedim(-1, 0).flatten(1)
+    first = torch.arange(batch, device=index.device).view(-1, 1, 1) * (total // max(batch, 1))
+    rows = torch.where(inside, index + first, total).movedim(-1, 0).flatten(1)
     yield from zip(rows.unbind(0), inside.unsqueeze(-2).unbind(-1), strict=True)
 
 

@@ -6,7 +6,8 @@ Shape letters: B batch, N tokens, C channels, G heads, D channels per head, M so
 import torch
 from torch import Tensor, nn
 
-from glocal.mixer import TokenMixer, Unsupported, resolve_heads
+from glocal.arguments import flag, positive, resolve_heads
+from glocal.mixer import TokenMixer, Unsupported
 
 
 class Attention(TokenMixer):
@@ -23,9 +24,9 @@ class Attention(TokenMixer):
         rank: int | None = None,
     ) -> None:
         super().__init__(dim, rank=rank)
-        self.out_dim = dim if out_dim is None else out_dim
+        self.out_dim = dim if out_dim is None else positive("out_dim", out_dim)
         self.num_heads = resolve_heads(self.out_dim, num_heads, head_dim)
-        self.qkv_bias = qkv_bias
+        self.qkv_bias = flag("qkv_bias", qkv_bias)
         self.scale = (self.out_dim // self.num_heads) ** -0.5
         self.qkv = nn.Linear(dim, 3 * self.out_dim, bias=qkv_bias)
         self.proj = nn.Linear(self.out_dim, self.out_dim)
@@ -39,8 +40,12 @@ class Attention(TokenMixer):
     def heads(self, tokens: Tensor, part: int) -> Tensor:
         """Queries (part 0, scaled), keys (1) or values (2) of tokens [B, *S, C]: [B, N, G, D]."""
         rows = slice(part * self.out_dim, (part + 1) * self.out_dim)
-        bias = None if self.qkv.bias is None else self.qkv.bias[rows]
-        out = nn.functional.linear(tokens.flatten(1, -2), self.qkv.weight[rows], bias)
+        tokens = tokens.flatten(1, -2)
+        if type(self.qkv) is nn.Linear and not self.qkv._forward_hooks and not self.qkv._forward_pre_hooks:
+            bias = None if self.qkv.bias is None else self.qkv.bias[rows]
+            out = nn.functional.linear(tokens, self.qkv.weight[rows], bias)
+        else:  # adapted (LoRA, quantised) or watched: its own call is what counts
+            out = self.qkv(tokens)[..., rows]
         out = out.unflatten(-1, (self.num_heads, -1))
         return out * self.scale if part == 0 else out
 
@@ -83,12 +88,6 @@ def mask_bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
 
 
-def relative_positions(n: int, device: torch.device) -> Tensor:
-    """query - source + n - 1 along one axis: [n, n], entries 0 to 2n - 2."""
-    position = torch.arange(n, device=device)
-    return position[:, None] - position + (n - 1)
-
-
 def table_parameter(*shape: int) -> nn.Parameter:
     """A table of biases, truncated normal with deviation 0.02 as in the papers that use one."""
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(*shape), std=0.02))
@@ -96,8 +95,4 @@ def table_parameter(*shape: int) -> nn.Parameter:
 
 def add_position(tokens: Tensor, embedding: Tensor | None) -> Tensor:
     """Tokens with positions added; for queries and keys, never for values."""
-    if embedding is None:
-        return tokens
-    if embedding.shape[-1] != tokens.shape[-1]:
-        raise ValueError(f"pos_embed: has {embedding.shape[-1]} channels, the tokens have {tokens.shape[-1]}")
-    return tokens + embedding
+    return tokens if embedding is None else tokens + embedding

@@ -72,7 +72,7 @@ def extents(valid: Tensor) -> Tensor:
         shape[axis + 1] = n
         along = torch.arange(n, device=valid.device).view(shape)
         inside = inside & (along < size[:, axis].view(-1, *[1] * rank))
-    if not torch.compiler.is_compiling() and not torch.equal(inside, valid):
+    if not torch.compiler.is_compiling() and not valid.is_meta and not torch.equal(inside, valid):
         raise ValueError(
             "valid: the real tokens of an image are no rectangle anchored at the origin; this operator's geometry "
             "depends on each image's size, so pad images at their ends only"
@@ -170,9 +170,14 @@ def _with_batch(table: Tensor, dims: int) -> Tensor:
 
 
 def pick(tokens: Tensor, index: Tensor) -> Tensor:
-    """tokens[b, index[b]]: [B, M, ...] by [B or 1, *I] -> [B, *I, ...]. What -1 picks is to be masked."""
-    index = index.clamp(min=0)
+    """tokens[b, index[b]]: [B, M, ...] by [B or 1, *I] -> [B, *I, ...]."""
     if index.shape[0] == 1:
         return tokens.index_select(1, index.flatten()).unflatten(1, index.shape[1:])
     batch = torch.arange(tokens.shape[0], device=index.device).view(-1, *[1] * (index.dim() - 1))
     return tokens[batch, index]
+
+
+def pick_or_zero(tokens: Tensor, index: Tensor) -> Tensor:
+    """`pick` where -1 gives zeros: a row of its own, since masking another token would let a NaN of it through."""
+    zero = tokens.new_zeros(tokens.shape[0], 1, *tokens.shape[2:])
+    return pick(torch.cat([tokens, zero], 1), torch.where(index < 0, tokens.shape[1], index))

@@ -36,7 +36,8 @@ class BatchNorm(nn.BatchNorm1d):
             unbiased = variance.detach() * (count / (count - 1))
         else:
             real = valid[..., None].to(wide.dtype)
-            total = real.sum()
+            count = real.sum()
+            total = count.clamp(min=1)  # no real token at all: nothing to normalise, and no NaN
             mean = (wide * real).sum(axes) / total
             variance = ((wide - mean).square() * real).sum(axes) / total
             unbiased = variance.detach() * total / (total - 1).clamp(min=1)
@@ -47,6 +48,8 @@ class BatchNorm(nn.BatchNorm1d):
                 # no momentum: the plain average of all batches so far
                 share = 1 / self.num_batches_tracked if self.momentum is None else torch.tensor(self.momentum)
                 share = share.to(self.running_mean)
+                if valid is not None:  # one value has no variance to learn from
+                    share = share * (count > 1)
                 self.running_mean.lerp_(mean.detach().to(self.running_mean), share)
                 self.running_var.lerp_(unbiased.to(self.running_var), share)
         return self._normalise(x, mean, variance)
@@ -54,3 +57,20 @@ class BatchNorm(nn.BatchNorm1d):
     def _normalise(self, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         scale = self.weight * (variance + self.eps).rsqrt()
         return (x * scale + (self.bias - mean * scale)).to(x.dtype)
+
+
+def normalise(norm: nn.Module, x: Tensor, valid: Tensor | None, *, update: bool) -> Tensor:
+    """A weight path's batch norm, also where torch's converter has put SyncBatchNorm in its place.
+
+    Raises:
+        ValueError: SyncBatchNorm in training with padding, or asked to look without moving its statistics: it can
+            do neither.
+    """
+    if isinstance(norm, BatchNorm):
+        return norm(x, valid, update=update)
+    if norm.training and (valid is not None or not update):
+        raise ValueError(
+            f"{type(norm).__name__}: in training it counts padding and cannot be looked at without moving its "
+            "statistics; leave BatchNorm in place, or call eval()"
+        )
+    return norm(x.flatten(0, -2)).view(x.shape)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from glocal.aggregation import Aggregation, grid_positions
-from glocal.mixer import TokenMixer, per_axis, positive
-from glocal.mixers._grid import centre_padding, kernel_index, pick
+from glocal.arguments import flag, per_axis, positive
+from glocal.mixer import TokenMixer
+from glocal.mixers._grid import centre_padding, kernel_index, pick_or_zero
 from glocal.mixers._library import back, images, out_lengths
 
 
@@ -50,11 +51,8 @@ class AveragePooling(TokenMixer):
         rank: int = 2,
     ) -> None:
         super().__init__(dim, rank=rank)
-        self.kernel_size, self.stride, self.count_include_pad = (
-            kernel_size,
-            positive("stride", stride),
-            count_include_pad,
-        )
+        self.kernel_size, self.stride = kernel_size, positive("stride", stride)
+        self.count_include_pad = flag("count_include_pad", count_include_pad)
         self._kernel = per_axis("kernel_size", kernel_size, rank)
 
     def values(self, source: Tensor) -> Tensor:
@@ -67,7 +65,7 @@ class AveragePooling(TokenMixer):
         if self.count_include_pad:
             weights = x.new_full((1, 1, 1, math.prod(kernel)), 1 / math.prod(kernel))
         else:
-            counted = index >= 0 if valid is None else (index >= 0) & pick(valid.flatten(1), index)
+            counted = index >= 0 if valid is None else (index >= 0) & pick_or_zero(valid.flatten(1), index)
             weights = counted.to(x.dtype)[:, None] / counted.sum(-1, keepdim=True).clamp(min=1)[:, None]
         return Aggregation(
             weights,

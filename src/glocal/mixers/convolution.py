@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from glocal.aggregation import Aggregation, grid_positions
-from glocal.mixer import TokenMixer, odd_kernel, positive
+from glocal.arguments import flag, odd_kernel, positive
+from glocal.mixer import TokenMixer
 from glocal.mixers._grid import centre_padding, kernel_index
 from glocal.mixers._library import conv, out_lengths
 
@@ -61,14 +62,14 @@ class Convolution(TokenMixer):
         rank: int = 2,
     ) -> None:
         super().__init__(dim, rank=rank)
-        self.kernel_size, self.out_dim = kernel_size, dim if out_dim is None else out_dim
+        self.kernel_size, self.out_dim = kernel_size, dim if out_dim is None else positive("out_dim", out_dim)
         self.stride, self.dilation = positive("stride", stride), positive("dilation", dilation)
         self.groups = positive("groups", groups)
         kernel = self._kernel = odd_kernel("kernel_size", kernel_size, rank)
         if dim % groups or self.out_dim % groups:
             raise ValueError(f"groups: {groups} must divide dim {dim} and out_dim {self.out_dim}")
         layer: type[Any] = nn.Conv1d if rank == 1 else nn.Conv2d
-        of_torch = layer(dim, self.out_dim, kernel, groups=groups, bias=bias)
+        of_torch = layer(dim, self.out_dim, kernel, groups=groups, bias=flag("bias", bias))
         self.weight, self.bias = of_torch.weight, of_torch.bias
 
     def values(self, source: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from glocal.aggregation import Aggregation, grid_positions
-from glocal.mixer import TokenMixer, odd_kernel, positive
+from glocal.arguments import flag, odd_kernel, positive
+from glocal.mixer import TokenMixer
 from glocal.mixers._grid import centre_padding, kernel_index
 from glocal.mixers._library import conv, out_lengths
 
@@ -62,7 +63,7 @@ class DepthwiseConv(TokenMixer):
         )
         kernel = self._kernel = odd_kernel("kernel_size", kernel_size, rank)
         layer: type[Any] = nn.Conv1d if rank == 1 else nn.Conv2d
-        of_torch = layer(dim, dim, kernel, groups=dim, bias=bias)
+        of_torch = layer(dim, dim, kernel, groups=dim, bias=flag("bias", bias))
         self.weight, self.bias = of_torch.weight, of_torch.bias
 
     def values(self, source: Tensor) -> Tensor:

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from glocal.aggregation import Aggregation, grid_positions
-from glocal.mixer import TokenMixer, odd_kernel, positive
+from glocal.arguments import odd_kernel, positive
+from glocal.mixer import TokenMixer
 from glocal.mixers._grid import centre_padding, kernel_index
 from glocal.mixers._library import back, images
-from glocal.mixers._norm import BatchNorm
+from glocal.mixers._norm import BatchNorm, normalise
 
 
 class DynamicDepthwiseConv(TokenMixer):
@@ -66,7 +67,8 @@ class DynamicDepthwiseConv(TokenMixer):
         else:
             real = valid.flatten(1)[..., None]
             pooled = x.flatten(1, -2).masked_fill(~real, 0).sum(1) / real.sum(1).clamp(min=1)
-        hidden = self.bn(self.conv1(pooled), update=update).relu()
+        some = None if valid is None else valid.flatten(1).any(1)  # an image of padding alone has no say
+        hidden = normalise(self.bn, self.conv1(pooled), some, update=update).relu()
         return self.conv2(hidden).unflatten(-1, (self.dim, -1))
 
     def weights(self, x: Tensor, *, valid: Tensor | None = None, update_statistics: bool = False) -> Aggregation:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from glocal.aggregation import Aggregation, grid_positions
+from glocal.arguments import odd_kernel, positive
 from glocal.kernels import local_sum
-from glocal.mixer import TokenMixer, odd_kernel, positive
+from glocal.mixer import TokenMixer
 from glocal.mixers._grid import centre_padding, kernel_index
-from glocal.mixers._norm import BatchNorm
+from glocal.mixers._norm import BatchNorm, normalise
 
 
 class InhomogeneousDepthwiseConv(TokenMixer):
@@ -63,7 +64,7 @@ class InhomogeneousDepthwiseConv(TokenMixer):
 
     def kernels(self, x: Tensor, valid: Tensor | None, *, update: bool) -> Tensor:
         """[B, *S, G, K]: the kernels of each position."""
-        hidden = self.bn(self.conv1(x), valid, update=update).relu()
+        hidden = normalise(self.bn, self.conv1(x), valid, update=update).relu()
         return self.conv2(hidden).unflatten(-1, (self.num_groups, -1))
 
     def weights(self, x: Tensor, *, valid: Tensor | None = None, update_statistics: bool = False) -> Aggregation:

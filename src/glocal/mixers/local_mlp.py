@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from glocal.aggregation import Aggregation, grid_positions
-from glocal.mixer import TokenMixer, per_axis, resolve_heads
-from glocal.mixers._grid import Windows, pick
-from glocal.mixers.window_attention import check_shift, cut_windows
+from glocal.arguments import flag, per_axis, resolve_heads, shift
+from glocal.mixer import TokenMixer
+from glocal.mixers._grid import Windows, pick, pick_or_zero
+from glocal.mixers.window_attention import cut_windows
 
 
 class LocalMLP(TokenMixer):
@@ -58,9 +59,9 @@ class LocalMLP(TokenMixer):
         rank: int = 2,
     ) -> None:
         super().__init__(dim, rank=rank)
-        self.window_size, self.shift_size, self.projection = window_size, shift_size, projection
+        self.window_size, self.projection = window_size, flag("projection", projection)
         self._window = per_axis("window_size", window_size, rank)
-        check_shift(shift_size, self._window)
+        self.shift_size = shift(shift_size, self._window)
         self.num_heads = resolve_heads(dim, num_heads, head_dim)
         places = math.prod(self._window)
         # as a linear layer over the places of a window
@@ -95,7 +96,7 @@ class LocalMLP(TokenMixer):
     def fast(self, x: Tensor, values: Tensor, *, valid: Tensor | None = None) -> Tensor:
         windows = self._windows(x, valid)
         sources = windows.sources()
-        v = pick(values, sources) * (sources >= 0)[..., None, None]
+        v = pick_or_zero(values, sources)
         mixed = torch.einsum("gqk,bwkgd->bwqgd", self.weight.to(v.dtype), v)
         window, place = windows.where()
         tokens = pick(mixed.flatten(1, 2).flatten(2), window * sources.shape[-1] + place)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from glocal.aggregation import Aggregation, grid_positions
+from glocal.arguments import flag, odd_kernel, per_axis, positive
 from glocal.kernels import gathered_scores, gathered_sum
-from glocal.mixer import odd_kernel, per_axis, positive
 from glocal.mixers._attention import Attention, masked_softmax, table_parameter
-from glocal.mixers._grid import extents, join, pick
+from glocal.mixers._grid import extents, join, pick_or_zero, taps
 
 
 class NeighborhoodAttention(Attention):
@@ -69,12 +69,8 @@ class NeighborhoodAttention(Attention):
             raise ValueError(f"border: {border!r}, must be 'masked' or 'shifted'")
         if causal and border == "shifted":
             raise ValueError("border: 'shifted' would show later tokens to a causal query; use 'masked'")
-        self.kernel_size, self.dilation, self.causal, self.border = (
-            kernel_size,
-            positive("dilation", dilation),
-            causal,
-            border,
-        )
+        self.kernel_size, self.dilation = kernel_size, positive("dilation", dilation)
+        self.causal, self.border = flag("causal", causal), border
         self._kernel = (per_axis if causal else odd_kernel)("kernel_size", kernel_size, rank)
         self.rpb = table_parameter(self.num_heads, *(2 * k - 1 for k in self._kernel))
 
@@ -82,7 +78,7 @@ class NeighborhoodAttention(Attention):
         index, bias = self._neighbors(x, valid, queries)
         q = self.heads(x, 0)
         q = q if queries is None else q[:, queries]
-        content = torch.einsum("bngd,bnkgd->bgnk", q, pick(self.heads(x, 1), index))
+        content = torch.einsum("bngd,bnkgd->bgnk", q, pick_or_zero(self.heads(x, 1), index))
         return {"content": content, "position": bias}
 
     def weights(self, x: Tensor, *, valid: Tensor | None = None, queries: Tensor | None = None) -> Aggregation:
@@ -121,7 +117,8 @@ class NeighborhoodAttention(Attention):
                 source, offset = shifted_neighbors(n, kernel, self.dilation, end, x.device)
             else:
                 before = kernel - 1 if self.causal else kernel // 2
-                source, offset = centred_neighbors(n, kernel, self.dilation, before, x.device)
+                source = taps(n, kernel, dilation=self.dilation, left=self.dilation * before, device=x.device)
+                offset = (torch.arange(kernel, device=x.device) + kernel - 1 - before)[None]
             sources.append(source)
             offsets.append(offset)
         index, entry = join(sources, grid), join(offsets, [2 * k - 1 for k in self._kernel])
@@ -130,13 +127,6 @@ class NeighborhoodAttention(Attention):
             index = index[:, queries]
             entry = entry[:, queries] if entry.shape[1] > 1 else entry
         return index, self.rpb.flatten(1)[:, entry].transpose(0, 1)
-
-
-def centred_neighbors(n: int, kernel: int, dilation: int, before: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Along one axis: sources [n, K] (-1 outside), and table entries [1, K], the same for every query."""
-    tap = torch.arange(kernel, device=device)
-    source = torch.arange(n, device=device)[:, None] + dilation * (tap - before)
-    return torch.where((source >= 0) & (source < n), source, -1), (tap - before + kernel - 1)[None]
 
 
 def shifted_neighbors(
@@ -159,4 +149,4 @@ def shifted_neighbors(
 def _seen(index: Tensor, valid: Tensor | None) -> Tensor:
     """[B|1, N, K]: slots that hold a real token."""
     inside = index >= 0
-    return inside if valid is None else inside & pick(valid.flatten(1), index)
+    return inside if valid is None else inside & pick_or_zero(valid.flatten(1), index)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from glocal.aggregation import Aggregation, grid_positions
-from glocal.mixer import per_axis
-from glocal.mixers._attention import Attention, mask_bias, masked_softmax, relative_positions, sdpa, table_parameter
-from glocal.mixers._grid import extents, join
+from glocal.arguments import flag, per_axis
+from glocal.mixers._attention import Attention, add_position, mask_bias, masked_softmax, sdpa, table_parameter
+from glocal.mixers._grid import extents
 
 
 class RelativeAttention(Attention):
@@ -56,11 +56,16 @@ class RelativeAttention(Attention):
         qkv_bias: bool = True,
         after_softmax: bool = False,
     ) -> None:
-        grid_size = (grid_size,) if isinstance(grid_size, int) else tuple(grid_size)
+        if isinstance(grid_size, int):
+            raise ValueError(
+                f"grid_size: {grid_size}, must name every axis, as in ({grid_size}, {grid_size}) for images"
+            )
+        grid_size = tuple(grid_size)
         super().__init__(
             dim, num_heads=num_heads, head_dim=head_dim, out_dim=out_dim, qkv_bias=qkv_bias, rank=len(grid_size)
         )
-        self.grid_size, self.after_softmax = per_axis("grid_size", grid_size, len(grid_size)), after_softmax
+        self.grid_size = per_axis("grid_size", grid_size, len(grid_size))
+        self.after_softmax = flag("after_softmax", after_softmax)
         self.relative_position_bias_table = table_parameter(self.num_heads, *(2 * n - 1 for n in grid_size))
 
     def scores(
@@ -98,7 +103,7 @@ class RelativeAttention(Attention):
     def fast(
         self, x: Tensor, values: Tensor, *, valid: Tensor | None = None, pos_embed: Tensor | None = None
     ) -> Tensor:
-        x_at = x if pos_embed is None else x + pos_embed
+        x_at = add_position(x, pos_embed)
         q, k, position = self.heads(x_at, 0), self.heads(x_at, 1), self._bias(x, valid, None).to(x.dtype)
         mask = None if valid is None else mask_bias(valid.flatten(1)[:, None, None], q.dtype)
         if not self.after_softmax:
@@ -111,7 +116,7 @@ class RelativeAttention(Attention):
         return self._projection_macs(n) + 2 * n * n * self.out_dim
 
     def _content(self, x: Tensor, pos_embed: Tensor | None, queries: Tensor | None) -> Tensor:
-        x = x if pos_embed is None else x + pos_embed
+        x = add_position(x, pos_embed)
         q = self.heads(x, 0)
         return torch.einsum("bngd,bmgd->bgnm", q if queries is None else q[:, queries], self.heads(x, 1))
 
@@ -120,18 +125,29 @@ class RelativeAttention(Attention):
         grid = tuple(x.shape[1:-1])
         if valid is None:
             return self._bias_at(grid, grid, queries)[None]
-        return torch.stack([self._bias_at(tuple(size), grid, queries) for size in extents(valid).tolist()])
+        sizes = [tuple(size) for size in extents(valid).tolist()]
+        at = {size: self._bias_at(size, grid, queries) for size in sizes}
+        return torch.stack([at[size] for size in sizes])
 
     def _bias_at(self, size: Sequence[int], grid: Sequence[int], queries: Tensor | None) -> Tensor:
         """[heads, N, N] on `grid`, with the table resized for `size`, which lies inside it."""
-        table = self.relative_position_bias_table
-        shape = [max(2 * n - 1, 1) for n in size]
+        shape = [2 * max(n, 1) - 1 for n in size]
         mode = "linear" if self.rank == 1 else "bilinear"
-        table = nn.functional.interpolate(table[None], size=shape, mode=mode, align_corners=False)[0]
-        # entries beyond the image's own size belong to padding; any entry will do
-        offset = [
-            (relative_positions(n, table.device) - (n - s)).clamp(0, t - 1)
-            for n, s, t in zip(grid, size, shape, strict=True)
-        ]
-        entry = join(offset, shape)
-        return table.flatten(1)[:, entry if queries is None else entry[queries]]
+        table = nn.functional.interpolate(self.relative_position_bias_table[None], size=shape, mode=mode)[0]
+        # offsets that only padding has: any entry will do
+        beyond = [n - max(s, 1) for n, s in zip(grid, size, strict=True)]
+        table = nn.functional.pad(table, [more for end in reversed(beyond) for more in (end, end)])
+        if queries is not None or torch.compiler.is_compiling():  # unfold makes symbolic lengths constants
+            queries = torch.arange(math.prod(grid), device=table.device) if queries is None else queries
+            place = grid_positions(grid, device=table.device).long()
+            offset = place[queries, None] - place + torch.tensor(grid, device=table.device) - 1
+            entry = offset[..., 0]
+            for axis, n in enumerate(grid[1:], start=1):
+                entry = entry * (2 * n - 1) + offset[..., axis]
+            return table.flatten(1)[:, entry]
+        # entry query - source + n - 1: windows of the mirrored table, last one first, are its rows; views, no index
+        axes = tuple(range(1, len(grid) + 1))
+        table = table.flip(axes)
+        for axis, n in zip(axes, grid, strict=True):
+            table = table.unfold(axis, n, 1)
+        return table.flip(axes).flatten(1, len(grid)).flatten(2)

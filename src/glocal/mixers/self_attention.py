@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from glocal.aggregation import Aggregation, grid_positions
+from glocal.arguments import flag
 from glocal.mixer import Cache
 from glocal.mixers._attention import Attention, add_position, mask_bias, masked_softmax, sdpa
 
@@ -55,7 +56,7 @@ class SelfAttention(Attention):
         causal: bool = False,
     ) -> None:
         super().__init__(dim, num_heads=num_heads, head_dim=head_dim, out_dim=out_dim, qkv_bias=qkv_bias)
-        self.causal = causal
+        self.causal = flag("causal", causal)
 
     def scores(
         self,

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from glocal.aggregation import Aggregation, grid_positions
-from glocal.mixer import per_axis
+from glocal.arguments import flag, per_axis, shift
 from glocal.mixers._attention import Attention, mask_bias, masked_softmax, sdpa, table_parameter
-from glocal.mixers._grid import Windows, extents, masked_windows, pick, rolled_windows
+from glocal.mixers._grid import Windows, extents, masked_windows, pick, pick_or_zero, rolled_windows
 
 
 class WindowAttention(Attention):
@@ -62,9 +62,9 @@ class WindowAttention(Attention):
         rank: int = 2,
     ) -> None:
         super().__init__(dim, num_heads=num_heads, head_dim=head_dim, qkv_bias=qkv_bias, rank=rank)
-        self.window_size, self.shift_size, self.mask_padding = window_size, shift_size, mask_padding
+        self.window_size, self.mask_padding = window_size, flag("mask_padding", mask_padding)
         self._window = per_axis("window_size", window_size, rank)
-        check_shift(shift_size, self._window)
+        self.shift_size = shift(shift_size, self._window)
         self.relative_position_bias_table = table_parameter(math.prod(2 * w - 1 for w in self._window), self.num_heads)
 
     def values(self, source: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class WindowAttention(Attention):
         windows = self._windows(x, valid)
         index, place = self._rows(windows, queries)
         q = self.heads(x, 0)
-        k = pick(self.heads(self._padded(x), 1), index)
+        k = pick_or_zero(self.heads(self._padded(x), 1), index)
         q = q if queries is None else q[:, queries]
         bias = self._bias(windows)[:, place]  # [heads, B|1, N, K]
         return {"content": torch.einsum("bngd,bnkgd->bgnk", q, k), "position": bias.transpose(0, 1)}
@@ -99,7 +99,9 @@ class WindowAttention(Attention):
         windows = self._windows(x, valid)
         sources = windows.sources()
         padded = self._padded(x)
-        q, k, v = (pick(t, sources).flatten(0, 1) for t in (self.heads(padded, 0), self.heads(padded, 1), values))
+        q, k, v = (
+            pick_or_zero(t, sources).flatten(0, 1) for t in (self.heads(padded, 0), self.heads(padded, 1), values)
+        )
         seen = (sources >= 0)[:, :, None] & windows.together()
         bias = self._bias(windows) + mask_bias(seen, x.dtype)[:, :, None]  # [B|1, W, heads, K, K]
         bias = bias.expand(x.shape[0], -1, -1, -1, -1).flatten(0, 1)
@@ -154,12 +156,6 @@ class WindowAttention(Attention):
         grid = x.shape[1:-1]
         more = [p - n for p, n in zip(self._padded_grid(grid), grid, strict=True)]
         return torch.nn.functional.pad(x, (0, 0, *(m for end in reversed(more) for m in (0, end))))
-
-
-def check_shift(shift_size: int, window: Sequence[int]) -> None:
-    """Raises a ValueError unless 0 <= shift_size < every window length."""
-    if not 0 <= shift_size < min(window):
-        raise ValueError(f"shift_size: {shift_size}, must be 0 or more and smaller than the window, {min(window)}")
 
 
 def cut_windows(
