@@ -80,10 +80,9 @@ def main() -> None:
         weights = math.prod(mixer.weights(x).weights.shape) * 4
         needed = x.numel() * 4 + weights
         default, definition = (measure(mixer, path, x) for path in ("default", "reference"))
-        print(
-            f"| `{mixer!r}` | {x.numel() * 4 / MIB:.2f} | {weights / MIB:.2f} | {default / MIB:.1f} | {default / needed:.1f} "
-            f"| {definition / MIB:.1f} | {definition / needed:.1f} |"
-        )
+        sizes = f"{x.numel() * 4 / MIB:.2f} | {weights / MIB:.2f}"
+        peaks = " | ".join(f"{peak / MIB:.1f} | {peak / needed:.1f}" for peak in (default, definition))
+        print(f"| `{mixer!r}` | {sizes} | {peaks} |")
 
 
 if __name__ == "__main__":

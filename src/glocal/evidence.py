@@ -43,7 +43,7 @@ def with_grads(mixer: nn.Module, path: Callable[[Tensor], Tensor], x: Tensor) ->
     x = x.clone().requires_grad_()
     out = path(x)
     # the same numbers in every dtype
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(out.dtype)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(out)
     named = dict(mixer.named_parameters())
     grads = torch.autograd.grad(out, [x, *named.values()], upstream, allow_unused=True)
     zeros = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, [x, *named.values()], strict=True)]
