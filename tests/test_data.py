@@ -38,10 +38,17 @@ def read_pairs(image):
 
 def test_recall_asks_for_the_value_beside_the_framed_key():
     data = recall(train_size=60, test_size=60)
-    for image, label in zip(data.test_images[:, 0].numpy(), data.test_labels.tolist(), strict=True):
-        pairs, framed = read_pairs(image)
-        assert len(pairs) == RECALL_PAIRS and len(framed) == 1
-        assert pairs[framed[0]] == label
+    for images, labels, fewest in (
+        (data.test_images, data.test_labels, RECALL_PAIRS),
+        (data.train_images, data.train_labels, 1),
+    ):
+        seen = set()
+        for image, label in zip(images[:, 0].numpy(), labels.tolist(), strict=True):
+            pairs, framed = read_pairs(image)
+            assert len(framed) == 1
+            assert pairs[framed[0]] == label
+            seen.add(len(pairs))
+        assert seen == set(range(fewest, RECALL_PAIRS + 1))
 
 
 def test_recall_is_seeded_and_its_splits_differ():
@@ -49,7 +56,7 @@ def test_recall_is_seeded_and_its_splits_differ():
     assert torch.equal(one.train_images, same.train_images) and torch.equal(one.test_labels, same.test_labels)
     assert not torch.equal(one.test_images, other.test_images[:100])
     train = {image.numpy().tobytes() for image in one.train_images}
-    assert len(train) == 200 and not any(image.numpy().tobytes() in train for image in one.test_images)
+    assert len(train) > 190 and not any(image.numpy().tobytes() in train for image in one.test_images)
 
 
 def test_recall_gives_nothing_away():
@@ -67,7 +74,7 @@ def test_recall_gives_nothing_away():
         most = max(map(values.count, values))
         winners = [v for v in set(values) if values.count(v) == most]
         guess.append((label in winners) / len(winners))
-    assert abs(np.mean(guess) - 0.531) < 0.1
+    assert abs(np.mean(guess) - 0.412) < 0.1
 
 
 def test_glyphs_differ():

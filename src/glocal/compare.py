@@ -34,7 +34,7 @@ def recipe(data: ImageData, epochs: int | None) -> TrainConfig:
     random; those of folders are mirrored too, those of idx files are not, because most such sets hold characters.
     """
     if data.kind == "probe":
-        return TrainConfig(epochs=5 if epochs is None else epochs, batch_size=32)
+        return TrainConfig(epochs=5 if epochs is None else epochs, batch_size=32, lr=1e-3)
     return TrainConfig(
         epochs=3 if epochs is None else epochs,
         crop_padding=max(1, min(data.img_size) // 8),
