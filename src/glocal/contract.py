@@ -232,6 +232,8 @@ def padding_changes_nothing(spec: str, grid: tuple[int, ...]) -> str | None:
         return str(error)
     own_out = mixer.out_grid(own)
     for path in (mixer, mixer.reference):
+        nothing = path(x, valid=torch.zeros_like(valid))
+        true(bool(nothing.isfinite().all()), "queries without any real source come out infinite or NaN")
         padded = path(x, valid=valid)
         close("the padded image", _corner(padded[1], own_out), path(_corner(x[1], own)[None])[0], 1e-9)
         close("the image that fills the grid", padded[0], path(x[:1])[0], 1e-9)

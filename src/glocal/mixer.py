@@ -327,9 +327,14 @@ class TokenMixer(nn.Module, ABC):
                 for argument in call.keys() & {"valid", "pos_embed"}:
                     call[argument] = call[argument].unflatten(1, grid)
         if self.rank is not None and x.dim() - 2 != self.rank:
+            other = x.dim() - 2
+            way_out = (
+                f"build it with rank={other}"
+                if "rank" in inspect.signature(type(self)).parameters
+                else "it has no other"
+            )
             raise ValueError(
-                f"{name}: built for rank {self.rank}, x has a grid of rank {x.dim() - 2}, {tuple(x.shape[1:-1])}; "
-                f"build it with rank={x.dim() - 2}"
+                f"{name}: built for rank {self.rank}, x has a grid of rank {other}, {tuple(x.shape[1:-1])}; {way_out}"
             )
         return x, call
 
