@@ -165,7 +165,9 @@ def children(pid):
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 @pytest.mark.parametrize("with_signal", [signal.SIGINT, signal.SIGKILL])
-def test_no_process_is_left_behind(data, with_signal):
+def test_nothing_is_left_behind(data, monkeypatch, with_signal):
+    (data / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(data / "tmp"))
     process = glocal_process(data, "--epochs", "1000000")
     while "epoch in" not in process.stderr.readline():
         assert process.poll() is None
@@ -178,6 +180,7 @@ def test_no_process_is_left_behind(data, with_signal):
     while any(Path(f"/proc/{worker}").exists() for worker in workers) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    assert not list((data / "tmp").glob("glocal-*"))  # the images that the workers shared
     if with_signal == signal.SIGINT:
         assert process.returncode == 130
         last = error.strip().splitlines()[-1]

@@ -30,14 +30,14 @@ _NOT_IN_RUNS = {"cli.py", "__main__.py", "compare.py", "running.py", "config.py"
 def recipe(data: ImageData, epochs: int | None) -> TrainConfig:
     """The recipe that all candidates share, by the kind of data.
 
-    Probes are generated and need no augmentation. Real images are shifted by up to an eighth of their side at
+    Probes are generated and need no augmentation. Real images are shifted by up to a sixteenth of their side at
     random; those of folders are mirrored too, those of idx files are not, because most such sets hold characters.
     """
     if data.kind == "probe":
         return TrainConfig(epochs=5 if epochs is None else epochs, batch_size=32, lr=1e-3)
     return TrainConfig(
         epochs=3 if epochs is None else epochs,
-        crop_padding=max(1, min(data.img_size) // 8),
+        crop_padding=max(1, min(data.img_size) // 16),
         flip=data.kind == "folder",
     )
 

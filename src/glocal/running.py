@@ -7,6 +7,7 @@ with one thread a result does not depend on the number of cores.
 import ctypes
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -122,7 +123,7 @@ def _work(connection: Connection, images: str) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
     _keep_freed_memory()
-    _end_with(os.getppid())
+    _end_with(os.getppid(), Path(images).parent)
     from glocal.training import train
 
     data = _load(images)
@@ -149,12 +150,13 @@ def _work(connection: Connection, images: str) -> None:
             connection.send(("result", asdict(result)))
 
 
-def _end_with(parent: int) -> None:
-    """Ends this process when its parent is gone, however that ended; a killed one leaves no orphans."""
+def _end_with(parent: int, folder: Path) -> None:
+    """Ends this process when its parent is gone, however that ended: a killed one leaves no orphans and no images."""
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
+        shutil.rmtree(folder, ignore_errors=True)  # the parent cannot any more
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

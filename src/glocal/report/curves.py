@@ -9,7 +9,7 @@ from markupsafe import Markup, escape
 COLOURS = 8  # the page defines --c0 ... --c7
 _DASHES = ("", "6 3", "2 3", "8 3 2 3")  # told apart without colour, too: every eighth line changes its dashes
 _WIDTH, _HEIGHT = 640, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 12, 40  # room for ticks such as 0.075 beside the unit
 
 
 @dataclass(frozen=True)
