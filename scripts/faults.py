@@ -37,13 +37,16 @@ class _Of:
 
 _AGGREGATION = _core("aggregation.py", "test_aggregation.py", "test_mutants.py")
 _PLACES = _core("aggregation.py", "test_aggregation.py", "test_mixer.py")
-_MIXER = _core("mixer.py", "test_mixer.py", "test_spec.py")
+_MIXER = _core("mixer.py", "test_mixer.py", "test_spec.py", "test_mutants.py")
+_ARGUMENTS = _core("arguments.py", "test_mixer.py", "test_spec.py", "test_mutants.py")
+_BY_PADDING = "test_contract.py -k=padding_changes_nothing"
 _BY_VALID = _core("mixer.py", "mixers/test_convolution.py")
 _BY_CACHE = _core("mixer.py", "test_mixer.py", "mixers/test_self_attention.py")
 _BY_STATISTICS = _core("mixer.py", "mixers/test_dynamic_depthwise_conv.py")
 _BY_CONTRACT = _core("mixer.py", "test_contract.py -k='declared_cost or shapes_are_refused or query_subset'")
 _SPEC = _core("spec.py", "test_spec.py")
 _INSPECTION = _core("inspection.py", "test_inspection.py", "test_mutants.py")
+_CALLS = _core("inspection.py", "test_mutants.py", "test_inspection.py")
 _GATHERED = _core("kernels/gathered.py", "test_kernels.py", "test_mutants.py")
 _CONTRACT = _core("contract.py", "test_mutants.py")
 _EVIDENCE = _core("evidence.py", "test_mutants.py")
@@ -135,6 +138,41 @@ _CORE = (
         "        return self._joined[name]",
         "        self._past[name] = self._joined[name]\n        return self._joined[name]",
     ),
+    _core("mixer.py", "test_mutants.py", "test_mixer.py")(
+        "looks join the caller's cache, so that its next commit takes what was only looked at",
+        'return call | {"cache": call["cache"].copy()} if "cache" in call else call',
+        "return call",
+    ),
+    _BY_CACHE(
+        "two layers may share a cache",
+        "elif self._owner != id(mixer):",
+        "elif False:",
+    ),
+    _core("mixer.py", "test_mutants.py", "test_mixer.py")(
+        "another layer may look into a cache",
+        "dict(self._past), self._owner",
+        "dict(self._past), None",
+    ),
+    _MIXER(
+        "transforms of torch.func go through the fast path",
+        "torch._C._are_functorch_transforms_active():",
+        "False:",
+    ),
+    _MIXER(
+        "afterwards a frozen batch norm is in the mode of its mixer",
+        "        for part, training in modes:\n            part.training = training",
+        "        module.train(modes[0][1])",
+    ),
+    _MIXER(
+        "an operator can be derived from a final one",
+        "if final is not None:",
+        "if False:",
+    ),
+    _MIXER(
+        "all operators share the code object by which torch.compile counts",
+        "        cls.forward = forward  # type: ignore[method-assign]\n",
+        "",
+    ),
     _BY_CACHE(
         "the fast path forgets to move the cache on",
         "            cache.commit()",
@@ -155,10 +193,75 @@ _CORE = (
         "counter.get_total_flops() // 2",
         "counter.get_total_flops()",
     ),
-    _BY_CONTRACT(
-        "`valid` of another shape is taken",
-        "or valid[0:1].numel() != math.prod(tokens[1:])",
-        "or valid[0:1].numel() < math.prod(tokens[1:])",
+    _ARGUMENTS(
+        "a transposed `valid` is taken",
+        "or tuple(valid.shape) not in (tokens, flat):",
+        "or valid.numel() != math.prod(tokens):",
+    ),
+    _core("arguments.py", "test_mutants.py", "test_mixer.py")(
+        "a flat `valid` is refused where x is none",
+        "or tuple(valid.shape) not in (tokens, flat):",
+        "or tuple(valid.shape) != tokens:",
+    ),
+    _ARGUMENTS(
+        "a `valid` of numbers is taken",
+        "if valid.dtype != torch.bool or tuple(",
+        "if tuple(",
+    ),
+    _core("arguments.py", _BY_PADDING)(
+        "what is infinite or NaN in the padding reaches real tokens",
+        "tokens.masked_fill(~valid[..., None] & ~tokens.isfinite(), 0)",
+        "tokens",
+    ),
+    _core("arguments.py", "test_mutants.py", "test_mixer.py", _BY_PADDING)(
+        "a NaN of a real token is hidden",
+        "tokens.masked_fill(~valid[..., None] & ~tokens.isfinite(), 0)",
+        "tokens.masked_fill(~tokens.isfinite(), 0)",
+    ),
+    _core("mixer.py", "test_mutants.py", "mixers/test_self_attention.py", _BY_PADDING)(
+        "what is infinite or NaN in the padding of a source reaches real tokens",
+        'call["source"] = finite_outside(source, valid)',
+        'call["source"] = source',
+    ),
+    _core("mixer.py", "test_mutants.py", "mixers/test_self_attention.py")(
+        "with a cache, the padding of new tokens is taken for that of the first",
+        "return finite_outside(x, valid[:, past:]), call",
+        "return finite_outside(x, valid[:, : valid.shape[1] - past]), call",
+    ),
+    _ARGUMENTS(
+        "positions of any shape are added",
+        "if tuple(positions.shape) not in (tuple(tokens.shape), (1, *tokens.shape[1:])):",
+        "if False:",
+    ),
+    _MIXER(
+        "positions of the source are measured by x",
+        '("source_pos_embed", x if source is None else source)',
+        '("source_pos_embed", x)',
+    ),
+    _MIXER(
+        "flat positions stay flat on the grid",
+        'call.keys() & {"valid", "pos_embed"}',
+        'call.keys() & {"valid"}',
+    ),
+    _ARGUMENTS(
+        "a mask is taken for queries",
+        "if queries.dim() != 1 or queries.dtype != torch.int64:",
+        "if queries.dim() != 1:",
+    ),
+    _ARGUMENTS(
+        "an image without tokens is taken",
+        "if any(n == 0 for n in tokens.shape[1:-1]):",
+        "if False:",
+    ),
+    _ARGUMENTS(
+        "the text 'False' counts as true",
+        "    if not isinstance(value, bool):",
+        "    if False:",
+    ),
+    _core("arguments.py", "test_mutants.py", "test_mixer.py")(
+        "num_heads and head_dim may contradict each other",
+        "head_dim is not None and num_heads * head_dim != dim:",
+        "head_dim is not None and num_heads * head_dim < 0:",
     ),
     _BY_CONTRACT(
         "a subset of the queries gives all rows of the weights",
@@ -185,12 +288,12 @@ _CORE = (
         '(name == "out_dim" and value == self.dim)',
         '(name == "out_dim")',
     ),
-    _MIXER(
+    _ARGUMENTS(
         "head_dim is taken for the number of heads",
-        "        return dim // head_dim",
-        "        return head_dim",
+        "        return dim // size",
+        "        return size",
     ),
-    _MIXER(
+    _ARGUMENTS(
         "even kernels are taken",
         "if any(size % 2 == 0 for size in sizes):",
         "if any(size < 1 for size in sizes):",
@@ -219,6 +322,31 @@ _CORE = (
         "arguments without a name are dropped",
         "if node.args or any(",
         "if any(",
+    ),
+    _SPEC(
+        "of an argument given twice the last one counts",
+        "if twice is not None:",
+        "if False:",
+    ),
+    _SPEC(
+        "a name without quotes is an unknown operator, whatever the argument",
+        "if isinstance(value, ast.Name) and value.id not in operators:",
+        "if False:",
+    ),
+    _SPEC(
+        "a user's file is read once, however often it changes",
+        "file.stat().st_mtime_ns, path)",
+        "0, path)",
+    ),
+    _SPEC(
+        "what a user's file imports are operators of it",
+        " and v.__module__ == name}",
+        "}",
+    ),
+    _SPEC(
+        "repr of a user's operator does not name its file",
+        'operator.defined_in = f"{path}:"',
+        'operator.defined_in = ""',
     ),
     _SPEC(
         "nested specs do not know the operators of the user's file",
@@ -253,13 +381,63 @@ _CORE = (
     ),
     _INSPECTION(
         "a call in training is looked at in whatever mode the mixer is now",
-        "        self.mixer.train(self._training)\n",
+        "            for part, training in self._modes:\n                part.training = training\n",
         "",
+    ),
+    _core("inspection.py", "test_mixer.py -k=frozen", "test_mutants.py")(
+        "a frozen batch norm is looked at in the mode of its mixer",
+        "            for part, training in self._modes:\n                part.training = training\n",
+        "            self.mixer.train(self._modes[0][1])\n",
     ),
     _INSPECTION(
         "looking leaves the mixer in the mode of the call",
-        "self.mixer.train(was_training)",
-        "self.mixer.train(self._training)",
+        "            modes_kept(self.mixer),\n",
+        "",
+    ),
+    _CALLS(
+        "a call under autocast is looked at without",
+        "            torch.autocast(self.output.device.type, dtype, enabled),\n",
+        "",
+    ),
+    _INSPECTION(
+        "a call under autocast has to be rebuilt as well as one without",
+        "TOLERANCE.get(dtype if enabled else self.output.dtype, 1e-4)",
+        "TOLERANCE.get(self.output.dtype, 1e-4)",
+    ),
+    _CALLS(
+        "a call in inference mode is looked at outside",
+        "            torch.inference_mode(self.output.is_inference()),\n",
+        "",
+    ),
+    _INSPECTION(
+        "a shared module is found under its first name only",
+        "self._canonical.get(name, name)",
+        "name",
+    ),
+    _INSPECTION(
+        "a shared module is recorded once for each of its names",
+        "if self._canonical[name] == name:",
+        "if True:",
+    ),
+    _INSPECTION(
+        "a statistic that was changed is not noticed",
+        "if not part.training:",
+        "if False:",
+    ),
+    _CALLS(
+        "the statistics that a call in training moves are taken for a change",
+        "if not part.training:",
+        "if True:",
+    ),
+    _INSPECTION(
+        "a model that ran compiled gives an empty recording",
+        "if error is None and self._canonical and not self.calls:",
+        "if False:",
+    ),
+    _INSPECTION(
+        "a call without images cannot be looked at",
+        "if output.numel() == 0:",
+        "if False:",
     ),
     _INSPECTION(
         "the cache is recorded itself, not what it held before the call",
@@ -282,14 +460,24 @@ _CORE = (
         "queries",
     ),
     _GATHERED(
-        "a score of an empty slot is that with the first source",
-        "(q.to(wide) * picked.to(wide)).sum(-1) * inside",
+        "the score of an infinite query with an empty slot is NaN",
+        "torch.where(inside, (q.to(wide) * picked.to(wide)).sum(-1), 0)",
         "(q.to(wide) * picked.to(wide)).sum(-1)",
     ),
     _GATHERED(
-        "the sum counts empty slots for the first source",
-        "(w[..., slot].to(wide) * inside)[..., None])",
+        "an infinite weight of an empty slot makes the sum NaN",
+        "torch.where(inside, w[..., slot].to(wide), 0)[..., None])",
         "w[..., slot].to(wide)[..., None])",
+    ),
+    _GATHERED(
+        "empty slots read the first source, whose NaN the sum takes",
+        "sources.new_zeros(1, *sources.shape[2:])",
+        "sources[0, :1]",
+    ),
+    _GATHERED(
+        "empty slots are full of the first source",
+        "inside = index >= 0",
+        "inside, index = index >= -1, index.clamp(min=0)",
     ),
     _GATHERED(
         "the gradient of the weights has the wrong sign",
@@ -298,8 +486,8 @@ _CORE = (
     ),
     _GATHERED(
         "the gradient of the keys counts empty slots for the first source",
-        "((w[..., slot].to(wide) * inside)[..., None] * y.to(wide))",
-        "(w[..., slot].to(wide)[..., None] * y.to(wide))",
+        "out.index_add_(0, rows, ",
+        "out.index_add_(0, rows % total, ",
     ),
     _GATHERED(
         "a second derivative, that of the scatter by its vectors, is missing",
@@ -308,8 +496,8 @@ _CORE = (
     ),
     _GATHERED(
         "images after the first read another image's sources",
-        "torch.arange(batch, device=index.device).view(-1, 1, 1) * num_sources",
-        "torch.arange(batch, device=index.device).view(-1, 1, 1) * index.shape[1]",
+        "(total // max(batch, 1))",
+        "index.shape[1]",
     ),
     _GATHERED(
         "the kernel's cost is half of what it does",
@@ -348,8 +536,33 @@ _CORE = (
     ),
     _CONTRACT(
         "the definition may be called by a forced fast path",
-        "    mixer.reference = forbidden",
-        "    mixer.macs = forbidden",
+        "setattr(mixer, name, forbidden)",
+        "setattr(mixer, name, getattr(mixer, name))",
+    ),
+    _CONTRACT(
+        "what stands in the padding is finite in every check",
+        "    rubbish[..., 0], rubbish[..., 1] = torch.nan, torch.inf\n",
+        "",
+    ),
+    _CONTRACT(
+        "the places of the sources are not looked at",
+        'close("source_positions", places, expected, 1e-5)',
+        "pass",
+    ),
+    _CONTRACT(
+        "sources may run backwards",
+        "true(bool((steps >= 0).all()),",
+        "true(True,",
+    ),
+    _CONTRACT(
+        "gradients under autocast may be NaN",
+        "true(bool(value.isfinite().all()),",
+        "true(True,",
+    ),
+    _CONTRACT(
+        "no operator's scores have to make its weights",
+        "if not torch.allclose(found.weights.sum(-1), torch.ones((), dtype=torch.float64)):",
+        "if True:",
     ),
     _CONTRACT(
         "weights above the diagonal and later tokens are not looked at",
@@ -392,7 +605,7 @@ _AVERAGE_POOLING = (
     ),
     _POOLING(
         "the definition counts padding in the mean",
-        "(index >= 0) & pick(valid.flatten(1), index)",
+        "(index >= 0) & pick_or_zero(valid.flatten(1), index)",
         "(index >= 0).expand(len(valid), -1, -1)",
     ),
     _POOLING(
@@ -513,6 +726,11 @@ _DYNAMIC = (
         ".masked_fill(~real, 0).sum(1)",
         ".sum(1)",
     ),
+    _core("mixers/dynamic_depthwise_conv.py", "test_mixer.py", "test_mutants.py")(
+        "an image of padding alone counts in the batch norm's statistics",
+        "some = None if valid is None else valid.flatten(1).any(1)",
+        "some = None",
+    ),
     _D_DW(
         "the prediction has no ReLU",
         "update=update).relu()",
@@ -548,6 +766,31 @@ _DYNAMIC = (
         "if count == 1:",
         "if count == 0:",
     ),
+    _core("mixers/_norm.py", "test_mixer.py", "test_mutants.py")(
+        "a batch of padding alone divides by nothing",
+        "total = count.clamp(min=1)",
+        "total = count",
+    ),
+    _core("mixers/_norm.py", "test_mixer.py", "test_mutants.py")(
+        "a batch of padding alone moves the statistics",
+        "share = share * (count > 1)",
+        "pass",
+    ),
+    _core("mixers/_norm.py", "test_mutants.py", "test_mixer.py")(
+        "one real value moves the statistics",
+        "share = share * (count > 1)",
+        "share = share * (count > 0)",
+    ),
+    _core("mixers/_norm.py", "test_mixer.py")(
+        "a synchronised batch norm counts padding, and moves when looked at",
+        "if norm.training and (valid is not None or not update):",
+        "if False:",
+    ),
+    _operator("DynamicDepthwiseConv", "dynamic_depthwise_conv", "mixers/_norm.py")(
+        "an empty batch makes the statistics NaN",
+        "if x.numel() == 0:",
+        "if False:",
+    ),
     _core("mixers/dynamic_depthwise_conv.py", "test_mutants.py")(
         "the first length of a kernel is taken for that of the columns",
         'self._kernel = odd_kernel("kernel_size", kernel_size, rank)',
@@ -569,8 +812,8 @@ _INHOMOGENEOUS = (
     ),
     _I_D_DW(
         "the batch norm's statistics count padding",
-        "self.bn(self.conv1(x), valid, update=update)",
-        "self.bn(self.conv1(x), update=update)",
+        "normalise(self.bn, self.conv1(x), valid, update=update)",
+        "normalise(self.bn, self.conv1(x), None, update=update)",
     ),
     _I_D_DW(
         "the definition gives positions the kernels of the transposed grid",
@@ -603,8 +846,18 @@ _LOCAL_MLP = (
     ),
     _MLP(
         "empty places of a window hold the first token",
-        "pick(values, sources) * (sources >= 0)[..., None, None]",
-        "pick(values, sources)",
+        "v = pick_or_zero(values, sources)",
+        "v = pick(values, sources.clamp(min=0))",
+    ),
+    _operator("LocalMLP", "local_mlp", "mixers/_grid.py")(
+        "empty places hold the last token",
+        "torch.where(index < 0, tokens.shape[1], index))",
+        "torch.where(index < 0, tokens.shape[1] - 1, index))",
+    ),
+    _core("mixers/_grid.py", "test_mutants.py", "mixers/test_local_mlp.py", "mixers/test_window_attention.py")(
+        "empty places take the NaN of another token, by multiplying it with zero",
+        "return pick(torch.cat([tokens, zero], 1), torch.where(index < 0, tokens.shape[1], index))",
+        "return pick(tokens, index.clamp(min=0)) * (index >= 0).view(*index.shape, *[1] * (tokens.dim() - 2))",
     ),
     _MLP(
         "windows of a padded image are cut by the batch's size",
@@ -653,7 +906,7 @@ _WINDOW_ATTENTION = (
     ),
     _core("mixers/_grid.py", "mixers/test_window_attention.py", "test_mutants.py")(
         "real tokens with a hole between them are taken for a rectangle",
-        "if not torch.compiler.is_compiling() and not torch.equal(inside, valid):",
+        "if not torch.compiler.is_compiling() and not valid.is_meta and not torch.equal(inside, valid):",
         "if False:",
     ),
     _WINDOWS(
@@ -702,8 +955,8 @@ _NEIGHBORHOOD = _operator("NeighborhoodAttention", "neighborhood_attention")
 _NEIGHBORHOOD_ATTENTION = (
     _NEIGHBORHOOD(
         "the bias table is flipped: query minus source",
-        "(tap - before + kernel - 1)[None]",
-        "(before - tap + kernel - 1)[None]",
+        "(torch.arange(kernel, device=x.device) + kernel - 1 - before)[None]",
+        "(before - torch.arange(kernel, device=x.device) + kernel - 1)[None]",
     ),
     _NEIGHBORHOOD(
         "the shifted window's bias table is flipped",
@@ -727,7 +980,7 @@ _NEIGHBORHOOD_ATTENTION = (
     ),
     _NEIGHBORHOOD(
         "padding takes part in the softmax",
-        "return inside if valid is None else inside & pick(valid.flatten(1), index)",
+        "return inside if valid is None else inside & pick_or_zero(valid.flatten(1), index)",
         "return inside",
     ),
     _NEIGHBORHOOD(
@@ -756,17 +1009,34 @@ _RELATIVE = _operator("RelativeAttention", "relative_attention")
 _RELATIVE_ATTENTION = (
     _RELATIVE(
         "the table is resized corner to corner",
-        "align_corners=False",
-        "align_corners=True",
+        "size=shape, mode=mode)",
+        "size=shape, mode=mode, align_corners=True)",
     ),
-    _operator("RelativeAttention", "relative_attention", "mixers/_attention.py")(
+    _RELATIVE(
         "the table is flipped: source minus query",
-        "return position[:, None] - position + (n - 1)",
-        "return position - position[:, None] + (n - 1)",
+        "        table = table.flip(axes)\n",
+        "",
+    ),
+    _RELATIVE(
+        "the table's rows come last query first",
+        "return table.flip(axes).flatten(1, len(grid)).flatten(2)",
+        "return table.flatten(1, len(grid)).flatten(2)",
+    ),
+    _core(
+        "mixers/relative_attention.py", "test_contract.py -k='query_subset and RelativeAttention'", "test_mutants.py"
+    )(
+        "the table of a subset of the queries is flipped: source minus query",
+        "place[queries, None] - place + ",
+        "place - place[queries, None] + ",
+    ),
+    _core("mixers/relative_attention.py", "test_contract.py -k='compiles and RelativeAttention'", "test_mutants.py")(
+        "the compiled bias gives all queries the row of the first",
+        "torch.arange(math.prod(grid), device=table.device) if queries",
+        "torch.zeros(math.prod(grid), device=table.device).long() if queries",
     ),
     _RELATIVE(
         "a padded image gets the table of the batch's size",
-        "self._bias_at(tuple(size), grid, queries) for size",
+        "self._bias_at(size, grid, queries) for size",
         "self._bias_at(grid, grid, queries) for size",
     ),
     _RELATIVE(
@@ -776,8 +1046,13 @@ _RELATIVE_ATTENTION = (
     ),
     _RELATIVE(
         "positions are not added in the definition",
-        "        x = x if pos_embed is None else x + pos_embed\n",
+        "        x = add_position(x, pos_embed)\n",
         "",
+    ),
+    _RELATIVE(
+        "positions are not added to the keys of the fast path",
+        "self.heads(x_at, 0), self.heads(x_at, 1)",
+        "self.heads(x_at, 0), self.heads(x, 1)",
     ),
     _RELATIVE(
         "the fast path lets padding into the softmax",
@@ -786,13 +1061,22 @@ _RELATIVE_ATTENTION = (
     ),
     _RELATIVE(
         "all heads have the first one's bias",
+        "        table = table.flip(axes)\n",
+        "        table = table[:1].expand_as(table).flip(axes)\n",
+    ),
+    _core(
+        "mixers/relative_attention.py", "test_contract.py -k='query_subset and RelativeAttention'", "test_mutants.py"
+    )(
+        "at a subset of the queries all heads have the first one's bias",
         "table.flatten(1)[:, entry",
         "table[:1].expand_as(table).flatten(1)[:, entry",
     ),
-    _RELATIVE(
+    _core(
+        "mixers/relative_attention.py", "test_contract.py -k='query_subset and RelativeAttention'", "test_mutants.py"
+    )(
         "the bias of a subset of the queries is that of the first rows",
-        "entry if queries is None else entry[queries]",
-        "entry if queries is None else entry[: len(queries)]",
+        "place[queries, None] - place + ",
+        "place[: len(queries), None] - place + ",
     ),
     _core("mixers/relative_attention.py", "test_mutants.py")(
         "positions of a subset of the queries are those of the first",
@@ -802,6 +1086,7 @@ _RELATIVE_ATTENTION = (
 )
 
 _ATTENTION = _operator("SelfAttention", "self_attention", "mixers/_attention.py")
+_ADAPTED = _core("mixers/_attention.py", "test_mixer.py", "test_mutants.py")
 _SELF = _operator("SelfAttention", "self_attention")
 _SELF_ATTENTION = (
     _ATTENTION(
@@ -833,6 +1118,21 @@ _SELF_ATTENTION = (
         "keys are taken for values",
         "return self.heads(source, 2)",
         "return self.heads(source, 1)",
+    ),
+    _ADAPTED(
+        "an adapted projection is not called",
+        "if type(self.qkv) is nn.Linear and not ",
+        "if not ",
+    ),
+    _ADAPTED(
+        "a projection's hooks are not called",
+        " and not self.qkv._forward_hooks",
+        "",
+    ),
+    _ADAPTED(
+        "a projection's hooks on what goes in are not called",
+        " and not self.qkv._forward_pre_hooks",
+        "",
     ),
     _ATTENTION(
         "a second derivative of the fused kernel fails without saying what to do",
