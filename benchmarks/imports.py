@@ -27,4 +27,4 @@ if __name__ == "__main__":
         for name, code in CODES.items():
             best[name] = min(best[name], seconds(code))
     for name, took in best.items():
-        print(f"{name}: {took:.2f} s (+{took - best['import torch']:.2f})")
+        print(f"{name}: {took:.2f} s ({took - best['import torch']:+.2f})")
