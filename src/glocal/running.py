@@ -14,11 +14,11 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 
@@ -127,27 +127,33 @@ def _work(connection: Connection, images: str) -> None:
     from glocal.training import train
 
     data = _load(images)
-    while True:
-        try:
-            run = connection.recv()
-        except EOFError:
-            return
-        last = 0.0
+    try:
+        while True:
+            _serve(connection, connection.recv(), data, train)
+    except (EOFError, ConnectionError):  # the parent was killed, and this thread saw it before the watching one
+        _leave(Path(images).parent)
 
-        def on_step(step: int, steps: int) -> None:
-            nonlocal last
-            if time.monotonic() - last > _SECONDS_BETWEEN_MESSAGES:
-                last = time.monotonic()
-                connection.send(("step", (step, steps)))
 
-        try:
-            result = train(run, data, on_step=on_step, on_epoch=lambda epoch: connection.send(("epoch", asdict(epoch))))
-        except FloatingPointError as error:
-            connection.send(("failed", str(error)))
-        except Exception:
-            connection.send(("failed", f"{run.model.layout} seed {run.seed}:\n{traceback.format_exc()}"))
-        else:
-            connection.send(("result", asdict(result)))
+def _serve(connection: Connection, run: RunConfig, data: ImageData, train: Callable[..., Any]) -> None:
+    """Trains one run and sends what comes of it."""
+    last = 0.0
+
+    def on_step(step: int, steps: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > _SECONDS_BETWEEN_MESSAGES:
+            last = time.monotonic()
+            connection.send(("step", (step, steps)))
+
+    try:
+        result = train(run, data, on_step=on_step, on_epoch=lambda epoch: connection.send(("epoch", asdict(epoch))))
+    except ConnectionError:
+        raise
+    except FloatingPointError as error:
+        connection.send(("failed", str(error)))
+    except Exception:
+        connection.send(("failed", f"{run.model.layout} seed {run.seed}:\n{traceback.format_exc()}"))
+    else:
+        connection.send(("result", asdict(result)))
 
 
 def _end_with(parent: int, folder: Path) -> None:
@@ -156,10 +162,15 @@ def _end_with(parent: int, folder: Path) -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
-        shutil.rmtree(folder, ignore_errors=True)  # the parent cannot any more
-        os._exit(1)
+        _leave(folder)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _leave(folder: Path) -> NoReturn:
+    """Removes the images, which the parent cannot do any more, and ends this process."""
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
 
 
 def _keep_freed_memory() -> None:
