@@ -1008,6 +1008,11 @@ _NEIGHBORHOOD_ATTENTION = (
 _RELATIVE = _operator("RelativeAttention", "relative_attention")
 _RELATIVE_ATTENTION = (
     _RELATIVE(
+        "without a position bias there is still a table",
+        "table_parameter(self.num_heads, *sides) if position_bias else None",
+        "table_parameter(self.num_heads, *sides)",
+    ),
+    _RELATIVE(
         "the table is resized corner to corner",
         "size=shape, mode=mode)",
         "size=shape, mode=mode, align_corners=True)",
@@ -1181,8 +1186,268 @@ _SELF_ATTENTION = (
     ),
 )
 
+_SPLITS = _core("data/splits.py", "test_data_splits.py")
+_DECODING = _core("data/decoding.py", "test_data_folder.py")
+
+_DATA = (
+    _SPLITS(
+        "a smaller share of the training images is not among those of a larger one",
+        "in _shuffled(data.train_labels, seed)]",
+        "in _shuffled(data.train_labels, seed + int(100 * share))]",
+    ),
+    _SPLITS(
+        "the first folds get the remainders of all classes",
+        "(torch.arange(len(indices)) + dealt) % folds",
+        "torch.arange(len(indices)) % folds",
+    ),
+    _SPLITS("a class may lose all its training images", ", len(indices) - 1)]", ", len(indices))]"),
+    _SPLITS("images are made smaller without antialiasing", "antialias=True", "antialias=False"),
+    _DECODING("mirrored images that are turned keep their size in the header", "in (5, 6, 7, 8)", "in (6, 8)"),
+    _DECODING("transparent places become black", 'drawn.size, "white")', 'drawn.size, "black")'),
+    _core("data/contents.py", "test_data_check.py")(
+        "images of other sizes with the same pixels count as the same",
+        "hashlib.blake2b(repr(image.size).encode(), digest_size=16)",
+        "hashlib.blake2b(digest_size=16)",
+    ),
+    _core("data/check.py", "test_data_check.py")(
+        "an image in two splits is passed over", "if len(same.splits) > 1]", "if len(same.splits) > 2]"
+    ),
+    _core("data/memory.py", "test_data_folder.py")(
+        "images that do not fit in memory are decoded", "needed <= free", "needed <= 8 * free"
+    ),
+)
+
+_RECALL = _core("data/recall.py", "test_probes.py")
+_TEXTURE = _core("data/texture.py", "test_probes.py")
+
+_PROBES = (
+    _RECALL(
+        "one value may stand beside several keys",
+        "rng.random((count, VALUES)).argsort(1)[:, :PAIRS]",
+        "rng.integers(0, VALUES, (count, PAIRS))",
+    ),
+    _RECALL("test images may have fewer pairs", "(seed, 1), PAIRS)", "(seed, 1), 1)"),
+    _RECALL("the answer is the first value, whichever key is framed", "values[item, asked]", "values[item, 0]"),
+    _TEXTURE("the histogram is not the same in every image", "* 256 // (size * size)", "* 255 // (size * size)"),
+    _TEXTURE("classes are named after mirrored offsets", "rows + down", "rows - down"),
+    _TEXTURE("an offset is shorter than the others", "(3, -4))", "(2, -4))"),
+    _TEXTURE("pixels agree less than is said", "_NOISE = 0.3", "_NOISE = 1.0"),
+)
+
+_BLOCKS = _core("blocks.py", "test_blocks.py")
+_BACKBONE = _core("backbone.py", "test_backbone.py")
+_COST = _core("analysis/cost.py", "test_cost.py")
+_BUDGET = _core("budget.py", "test_budget.py")
+
+_NETWORKS = (
+    _BLOCKS("stochastic depth does not scale what it keeps", "return x * (kept / (1 - self.rate))", "return x * kept"),
+    _BLOCKS(
+        "stochastic depth draws for every token",
+        "x.new_empty(x.shape[0], *[1] * (x.ndim - 1))",
+        "x.new_empty(*x.shape[:-1], 1)",
+    ),
+    _BLOCKS(
+        "without skip paths the MLP keeps its own",
+        "_joined(None if skip is None else x, self.drop_path2",
+        "_joined(x, self.drop_path2",
+    ),
+    _BLOCKS("without a skip path samples are dropped whole", "drop if skip and rate > 0 else", "drop if rate > 0 else"),
+    _BLOCKS(
+        "layer scale is applied to the skip path too",
+        "x = _joined(skip, self.drop_path1(self.ls1(mixed)))",
+        "x = self.ls1(_joined(skip, self.drop_path1(mixed)))",
+    ),
+    _BLOCKS("squeeze-excite takes the maximum", "gate = x.mean((2, 3), keepdim=True)", "gate = x.amax((2, 3), True)"),
+    _BACKBONE("the MLP ratio passes convolution blocks by", '{"expand_ratio": mlp_ratio, "rank"', '{"rank"'),
+    _BACKBONE("every block drops at the full rate", '"drop_path": next(rates)}', '"drop_path": drop_path}'),
+    _BACKBONE("operators keep their positions", 'context["position_bias"] = False', "pass"),
+    _BACKBONE(
+        "an ablation of positions is said to change convolutions",
+        'any(getattr(part, "position_bias", False) for part in self.stages.modules())',
+        "bool(blocks)",
+    ),
+    _BACKBONE("the stem of signals is padded in height", "((1, 3), (0, 1))", "((1, 3), (1, 1))"),
+    _COST(
+        "what a fused encoder layer multiplies is missing",
+        "mha.set_fastpath_enabled(False)",
+        "mha.set_fastpath_enabled(enabled)",
+    ),
+    _COST("operators are counted by the path that runs", 'module.impl = "reference"', 'module.impl = "auto"'),
+    _COST("the model is left in evaluation", "_counted(copy.deepcopy(model), [", "_counted(model, ["),
+    _COST("the whole batch counts", "[x[:1] if isinstance(x, Tensor)", "[x if isinstance(x, Tensor)"),
+    _COST("random numbers are drawn", "with torch.random.fork_rng(sorted(devices)):", "if True:"),
+    _BUDGET(
+        "the first width that is taken stays",
+        "guess = min(near[0] + (math.sqrt(target) - roots[0]) / slope, 4 * near[0])",
+        "break",
+    ),
+    _BUDGET("the MLP ratio stays", "end = WIDEST if standard < target else NARROWEST", "return STANDARD"),
+    _BUDGET(
+        "networks off the budget are given out",
+        "if abs(cost_at(step, ratio) / target - 1) <= TOLERANCE:",
+        "if abs(cost_at(step, ratio) / target - 1) <= 4 * TOLERANCE:",
+    ),
+    _BUDGET("a width that an operator refuses ends the search", "refusals.append(error)", "raise"),
+)
+
+_VERDICTS = _core("statistics.py", "test_statistics.py")
+
+_STATISTICS = (
+    _VERDICTS(
+        "the smaller of the two p-values counts",
+        "_holm([max(both) for",
+        "_holm([min(both) for",
+    ),
+    _VERDICTS(
+        "every p is corrected by the number of all pairs",
+        "(len(p_values) - rank) * p_values[i]",
+        "len(p_values) * p_values[i]",
+    ),
+    _VERDICTS(
+        "corrected p-values may fall again",
+        "largest = max(largest, min(",
+        "largest = max(0.0, min(",
+    ),
+    _VERDICTS(
+        "a tie on resampled images counts for the best",
+        "(counts @ ahead <= 0)",
+        "(counts @ ahead < 0)",
+    ),
+    _VERDICTS(
+        "one image is enough for a winner",
+        "np.maximum(p, coins)",
+        "p",
+    ),
+    _VERDICTS(
+        "the pooled variance has one degree of freedom for every run",
+        "freedom = sum(len(v) - 1 for v in values)",
+        "freedom = sum(len(v) for v in values) - 1",
+    ),
+)
+
+_CHARTS = ("test_report_charts.py", "test_report.py")
+_PAGE = ("test_report.py", "test_report_charts.py")
+
+_REPORT = (
+    _core("report/drawing.py", *_CHARTS)(
+        "values of a logarithmic axis are placed linearly",
+        "share = math.log(value / self.low) / math.log(self.high / self.low)",
+        "share = (value - self.low) / (self.high - self.low)",
+    ),
+    _core("report/drawing.py", *_CHARTS)(
+        "an axis of accuracies goes on beyond 100 %",
+        "low, high = max(low - room, limits[0]), min(high + room, limits[1])",
+        "low, high = low - room, high + room",
+    ),
+    _core("report/drawing.py", *_PAGE)(
+        "an infinite value is drawn",
+        "value is not None and math.isfinite(value) and abs(value) < 1e15",
+        "value is not None",
+    ),
+    _core("report/accuracy.py", *_CHARTS)(
+        "the band of an interval begins at the mean",
+        "start, end = x(row.low), x(row.high)",
+        "start, end = x(row.mean), x(row.high)",
+    ),
+    _core("report/scatter.py", *_CHARTS)(
+        "the front prefers slow candidates",
+        "sign = 1 if more_is_better else -1",
+        "sign = -1 if more_is_better else 1",
+    ),
+    _core("report/confusion.py", *_CHARTS)(
+        "rows and columns of a confusion matrix are exchanged",
+        "x, share = gutter + j * cell, count / total",
+        "x, y, share = gutter + i * cell, 8 + j * cell, count / total",
+    ),
+    _core("report/insights.py", *_PAGE)(
+        "a picture may be an address",
+        'r"data:image/png;base64,[A-Za-z0-9+/]+=*"',
+        'r".*"',
+    ),
+    _core("report/answers.py", *_PAGE)(
+        "the highest mean is bold without a verdict",
+        'winner = at(study.verdict(condition), "winner")\n    reached',
+        'winner = at(study.verdict(condition), "best")\n    reached',
+    ),
+    _core("report/study.py", *_PAGE)(
+        "ablations stand among the candidates",
+        'if candidate.get("without") is None:',
+        "if True:",
+    ),
+    _core("report/export.py", "test_report_export.py")(
+        "a name's special characters reach LaTeX as they are",
+        'escaped(candidate["name"]) + mark',
+        'candidate["name"] + mark',
+    ),
+    _core("report/export.py", "test_report_export.py")(
+        "every run is given the first seed's values",
+        "*(values[i] if i < len(values) else None for values in runs)",
+        "*(values[0] if values else None for values in runs)",
+    ),
+)
+
+_CONFIG = _core("config.py", "test_config.py")
+_CHECKPOINT = _core("checkpoint.py", "test_checkpoint.py")
+_INFERENCE = _core("inference.py", "test_inference.py")
+_CLASSIFICATION = _core("tasks/classification.py", "test_classification.py")
+
+_RUNS = (
+    _CONFIG(
+        "1e-3 in a file is text",
+        "if hint is float and isinstance(value, str) and _NUMBER.fullmatch(value):",
+        "if False:",
+    ),
+    _CONFIG("precision: no in a file is false", 'if value is False and "no" in inner:', "if False:"),
+    _CONFIG("true counts as the number 1", "type(value) in (int, float)", "isinstance(value, (int, float))"),
+    _CONFIG("a learning rate that is no number is taken", "lambda value: 0 < value < math.inf", "lambda value: True"),
+    _CHECKPOINT(
+        "a file is written in place", "    temporary = _temporary(path)\n    try:", "    temporary = path\n    try:"
+    ),
+    _CHECKPOINT(
+        "a full disk leaves half a file",
+        "    except OSError as error:\n        temporary.unlink(missing_ok=True)",
+        "    except OSError as error:",
+    ),
+    _CHECKPOINT(
+        "a step that is there is removed before its new state is in place",
+        "            final.replace(aside)",
+        "            shutil.rmtree(final)",
+    ),
+    _CHECKPOINT("files are unpickled", "weights_only=True", "weights_only=False"),
+    _CHECKPOINT("what a killed process left stays", "and not _lives(int(number))", "and False"),
+    _CHECKPOINT("what a living process writes is removed", "and not _lives(int(number))", ""),
+    _CHECKPOINT("a damaged state hides the one before", "            continue", "            return None"),
+    _INFERENCE("hidden files are taken for images", "in _SUFFIXES and not hidden", "in _SUFFIXES"),
+    _INFERENCE(
+        "counts are [predicted][true]",
+        "data.test_labels * n + found.predicted",
+        "found.predicted * n + data.test_labels",
+    ),
+    _CLASSIFICATION(
+        "smoothed labels are weighted by their classes",
+        'labels, label_smoothing=self._smoothing, reduction="none")',
+        'labels, self._weight, label_smoothing=self._smoothing, reduction="none") / self._weight[labels]',
+    ),
+    _CLASSIFICATION(
+        "a mixed image counts as much as one of its parts",
+        "labels @ self._weight if",
+        "self._weight[labels.argmax(1)] if",
+    ),
+    _CLASSIFICATION("with mixup and cutmix there is only mixup", "torch.randint(len(self._mixers), ())", "0"),
+    _CLASSIFICATION("trying a network leaves it in evaluation mode", "module.training = before", "pass"),
+    _CLASSIFICATION(
+        "trying a network draws random numbers", "with torch.random.fork_rng(), torch.no_grad()", "with torch.no_grad()"
+    ),
+)
+
 FAULTS: tuple[Fault, ...] = (
     *_CORE,
+    *_REPORT,
+    *_STATISTICS,
+    *_NETWORKS,
+    *_DATA,
+    *_RUNS,
+    *_PROBES,
     *_AVERAGE_POOLING,
     *_CONVOLUTION,
     *_DEPTHWISE_CONV,

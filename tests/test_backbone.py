@@ -7,7 +7,7 @@ import torch
 
 import glocal
 from glocal.backbone import Backbone, default_dims, default_strides, parse_layout
-from glocal.blocks import Block, MBConv
+from glocal.blocks import Block, DropPath, LayerScale, MBConv
 
 
 def backbone(layout="C-C-T-T", **options):
@@ -126,3 +126,125 @@ def test_coatnet_0_has_the_published_number_of_parameters():
             dims=(96, 192, 384, 768), depths=(2, 3, 5, 2), stem_dim=64,
         )  # fmt: skip
     assert sum(p.numel() for p in net.parameters()) == 25_036_820 - 768 * 769
+
+
+def test_mlp_ratio_is_that_of_both_kinds_of_blocks():
+    net = backbone("C-T", dims=(32, 64), mlp_ratio=2.5)
+    assert net.stages[0][0].conv1_1x1.out_channels == 80
+    assert net.stages[1][0].mlp.fc1.out_features == 160
+    assert backbone("C-T", mlp_ratio=2, conv={"expand_ratio": 3}).stages[0][0].conv1_1x1.out_channels == 192
+
+
+def test_drop_path_grows_as_in_timm():
+    timm = pytest.importorskip("timm")
+    theirs = timm.create_model("vit_tiny_patch16_224", depth=5, drop_path_rate=0.2)
+    expected = [getattr(block.drop_path1, "drop_prob", 0) for block in theirs.blocks]
+    net = backbone("C-T-DepthwiseConv", depths=(2, 1, 2), drop_path=0.2)
+    blocks = [block for stage in net.stages for block in stage]
+    for names in ({MBConv: "drop_path", Block: "drop_path1"}, {MBConv: "drop_path", Block: "drop_path2"}):
+        rates = [getattr(getattr(block, names[type(block)]), "rate", 0) for block in blocks]
+        assert rates == pytest.approx(expected)
+    assert not any(isinstance(part, DropPath) for part in backbone("C", drop_path=0.2).modules())
+    assert set(net.state_dict()) == set(backbone("C-T-DepthwiseConv", depths=(2, 1, 2)).state_dict())
+
+
+def test_layer_scale_is_on_every_branch():
+    net = backbone("C-T", layer_scale=1e-3)
+    scales = {name: part.gamma for name, part in net.named_modules() if isinstance(part, LayerScale)}
+    assert set(scales) == {"stages.0.0.ls", "stages.1.0.ls1", "stages.1.0.ls2"}
+    assert all(gamma.unique().tolist() == [pytest.approx(1e-3)] for gamma in scales.values())
+
+
+LAYOUTS_AND_SWITCHES = [
+    ("C-C", {"skip"}),
+    ("C-DepthwiseConv", {"skip", "mlp"}),
+    ("C-SelfAttention", {"skip", "mlp"}),
+    ("C-T", {"skip", "mlp", "positions"}),
+    ("C-WindowAttention(window_size=4)", {"skip", "mlp", "positions"}),
+    ("C-NeighborhoodAttention(kernel_size=3)", {"skip", "mlp", "positions"}),
+    ("C-NeighborhoodAttention(kernel_size=3, position_bias=False)", {"skip", "mlp"}),
+]
+
+
+@pytest.mark.parametrize("layout, expected", LAYOUTS_AND_SWITCHES)
+def test_a_switch_changes_the_network_where_ablatable_says_so(layout, expected):
+    """A network is changed if the weights that both have give other scores."""
+    whole = backbone(layout).eval()
+    assert set(whole.ablatable) == expected
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.normal_(std=0.2)
+    x = torch.randn(2, 1, 24, 24)
+    for switch in ("skip", "mlp", "positions"):
+        without = backbone(layout, **{switch: False}).eval()
+        assert switch not in without.ablatable
+        missing = without.load_state_dict(whole.state_dict(), strict=False).missing_keys
+        assert not missing  # a switch takes away and adds nothing
+        assert torch.equal(without(x), whole(x)) == (switch not in expected), switch
+
+
+def test_without_positions_attention_does_not_see_an_order():
+    net = backbone("T-T", strides=(1, 1), positions=False).eval()
+    tokens = torch.randn(1, 12, 12, 32)  # as the stem gives them
+    order = torch.randperm(144)
+    shuffled = tokens.flatten(1, 2)[:, order].view_as(tokens)
+    for stage in net.stages:
+        tokens, shuffled = stage(tokens), stage(shuffled)
+    torch.testing.assert_close(shuffled.flatten(1, 2), tokens.flatten(1, 2)[:, order])
+
+
+def test_a_position_bias_asked_for_and_taken_away_is_refused():
+    with pytest.raises(ValueError, match=r"position_bias=True\): asks for a position bias, positions=False takes it"):
+        backbone("C-NeighborhoodAttention(kernel_size=3, position_bias=True)", positions=False)
+
+
+def test_without_skip_paths_no_shortcut_is_left():
+    net = backbone("C-T-DepthwiseConv", dims=(32, 64, 96), skip=False)
+    assert not [name for name in net.state_dict() if "shortcut" in name]
+    assert net(torch.randn(2, 1, 9, 14)).shape == (2, 5)
+
+
+LINE = "C-NeighborhoodAttention(kernel_size=3)-WindowAttention(window_size=4)-T"
+
+
+@pytest.mark.parametrize("length", [1, 2, 33, 64, 100])
+def test_features_of_signals_agree_with_feature_info(length):
+    net = backbone(LINE, img_size=(64,), in_chans=3, strides=(2, 1, 2, 2)).eval()
+    x = torch.randn(2, 3, length)
+    for feature, info in zip(net.features(x), net.feature_info, strict=True):
+        assert feature.shape == (2, -(-length // info["reduction"]), info["num_chs"])
+    assert net(x).shape == (2, 5)
+
+
+@pytest.mark.parametrize("operator", glocal.available())
+def test_every_operator_is_an_entry_for_signals(operator):
+    net = backbone(f"C-{operator}-C", img_size=(50,), dims=(32, 64, 64)).train()
+    net(torch.randn(4, 1, 50)).sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+@pytest.mark.parametrize("length", [1, 7, 32])
+def test_a_signal_is_an_image_one_pixel_high(length):
+    layout, strides = "C-DepthwiseConv(kernel_size=3)-SelfAttention", (2, 1, 2)
+    line = backbone(layout, img_size=(32,), strides=strides).eval().double()
+    image = backbone(layout, img_size=(1, 32), strides=strides).eval().double()
+    state = line.state_dict()
+    for name, wanted in image.state_dict().items():
+        if state[name].shape != wanted.shape:  # kernels of height 1 become the middle row of wider ones
+            kernel = state[name] if state[name].ndim == 4 else state[name][:, :, None]
+            assert "stem.conv" in name or name.endswith((".conv2_kxk.weight", ".mixer.weight"))
+            state[name] = torch.nn.functional.pad(kernel, (0, 0, 1, 1), value=1.0)
+    image.load_state_dict(state)
+    x = torch.randn(2, 1, length, dtype=torch.float64)
+    for ours, theirs in zip(line.features(x), image.features(x[:, :, None]), strict=True):
+        torch.testing.assert_close(ours, theirs[:, 0])
+    torch.testing.assert_close(line(x), image(x[:, :, None]))
+
+
+def test_the_wrong_rank_is_refused():
+    with pytest.raises(ValueError, match=r"x has shape \(2, 1, 24\); this network takes images \[B, C, H, W\]"):
+        backbone()(torch.randn(2, 1, 24))
+    with pytest.raises(ValueError, match=r"this network takes signals \[B, C, T\]: see img_size"):
+        backbone(img_size=(24,))(torch.randn(2, 1, 24, 24))
+    with pytest.raises(ValueError, match=r"img_size is \(4, 4, 4\); it must be \(height, width\) or"):
+        backbone(img_size=(4, 4, 4))

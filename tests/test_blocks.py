@@ -1,11 +1,13 @@
 """Blocks against timm's MbConvBlock with copied weights, and against the formulas written out."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 import glocal
-from glocal.blocks import Block, MBConv, Mlp, Pool, Shortcut, SqueezeExcite
+from glocal.blocks import Block, DropPath, MBConv, Mlp, Pool, Shortcut, SqueezeExcite
 from glocal.mixer import TokenMixer
 
 
@@ -45,7 +47,7 @@ def test_mbconv_as_the_paper_states_it():
     biased = {name for name, m in block.named_modules() if isinstance(m, nn.Conv2d) and m.bias is not None}
     assert biased == {"se.fc1", "se.fc2", "conv3_1x1"} and block.conv2_kxk.bias is None
     norms = [m for m in block.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert len(norms) == 3 and all((m.eps, m.momentum) == (1e-3, 0.01) for m in norms)
+    assert len(norms) == 3 and all((m.eps, m.momentum) == (1e-3, 0.1) for m in norms)
 
 
 def test_inspect_sees_the_depthwise_convolution_of_mbconv():
@@ -169,3 +171,115 @@ def test_squeeze_excite_by_hand():
     hidden = x.mean((2, 3)) @ part.fc1.weight.flatten(1).T + part.fc1.bias
     gate = (hidden * torch.sigmoid(hidden)) @ part.fc2.weight.flatten(1).T + part.fc2.bias
     torch.testing.assert_close(part(x), x * torch.sigmoid(gate)[:, :, None, None])
+
+
+def test_block_with_layer_scale_is_timms():
+    pytest.importorskip("timm")
+    from timm.models.vision_transformer import Block as Theirs
+
+    theirs = perturbed(Theirs(32, 2, qkv_bias=True, init_values=0.1))
+    ours = Block(32, glocal.build("SelfAttention(num_heads=2)", 32), layer_scale=0.1).double()
+    assert ours.ls1.gamma.tolist() == ours.ls2.gamma.tolist() == pytest.approx([0.1] * 32)
+    ours.load_state_dict({name.replace("attn.", "mixer."): tensor for name, tensor in theirs.state_dict().items()})
+    theirs.norm1.eps = theirs.norm2.eps = 1e-5
+    x = torch.randn(2, 7, 32, dtype=torch.float64)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_layer_scale_scales_the_branch_of_mbconv_only():
+    block = perturbed(MBConv(8, 12, stride=2, layer_scale=0.5))
+    assert block.ls.gamma.shape == (12,)
+    plain = MBConv(8, 12, stride=2).double()
+    plain.load_state_dict({name: tensor for name, tensor in block.state_dict().items() if name != "ls.gamma"})
+    x = torch.randn(2, 4, 4, 8, dtype=torch.float64)
+    skip = plain.eval().shortcut(x)
+    torch.testing.assert_close(block.eval()(x), skip + block.ls.gamma * (plain(x) - skip))
+
+
+def test_drop_path_drops_samples_and_keeps_the_mean():
+    x = torch.ones(20_000, 2, 3, dtype=torch.float64)
+    drop = DropPath(0.3)
+    y = drop(x)
+    assert set(y.unique().tolist()) == {0, 1 / 0.7}
+    assert torch.equal(y, y[:, :1, :1].expand_as(y))  # one draw a sample
+    assert abs((y[:, 0, 0] == 0).double().mean() - 0.3) < 0.015  # 4.6 standard deviations
+    assert torch.equal(drop.eval()(x), x) and torch.equal(DropPath(0)(x), x)
+    assert not drop.state_dict()
+    with pytest.raises(ValueError, match="drop_path is 1; it must be at least 0 and less than 1"):
+        DropPath(1)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda **k: Block(8, nn.Linear(8, 8), **k), lambda **k: Block(8, nn.Linear(8, 8), mlp=False, **k)]
+)
+def test_a_dropped_branch_leaves_the_skip_path(make):
+    block = perturbed(make(drop_path=0.5))
+    x = torch.randn(64, 3, 8, dtype=torch.float64)
+    y = block(x)
+    # every sample is one of the sums of branches that are there twice or not at all
+    sums = [x, x + 2 * block.mixer(norm(x, block.norm1))]
+    if block.mlp is not None:
+        sums += [middle + 2 * mlp(norm(middle, block.norm2), block.mlp) for middle in sums]
+    which = [min(range(len(sums)), key=lambda k: (y[b] - sums[k][b]).abs().max()) for b in range(len(x))]
+    for b, k in enumerate(which):
+        torch.testing.assert_close(y[b], sums[k][b])
+    assert set(which) == set(range(len(sums)))  # the two halves are drawn apart
+
+
+def test_mbconv_drops_its_branch():
+    block = perturbed(MBConv(8, drop_path=0.5))
+    x = torch.randn(64, 2, 2, 8, dtype=torch.float64)
+    y = block(x)
+    untouched = [torch.equal(a, b) for a, b in zip(x, y, strict=True)]
+    assert 0 < sum(untouched) < 64
+    whole = copy.deepcopy(block)
+    whole.drop_path = nn.Identity()
+    branch = whole(x) - x
+    kept = ~torch.tensor(untouched)
+    torch.testing.assert_close(y[kept], x[kept] + 2 * branch[kept])
+
+
+def test_block_without_skip_paths():
+    block = perturbed(Block(16, nn.Linear(24, 24), out_dim=24, stride=2, mixer_dim=24, skip=False, drop_path=0.5))
+    x = torch.randn(2, 4, 4, 16, dtype=torch.float64)
+    inner = pooled(norm(x, block.norm1)) @ block.expand.weight.T + block.expand.bias
+    middle = inner @ block.mixer.weight.T + block.mixer.bias
+    torch.testing.assert_close(block(x), mlp(norm(middle, block.norm2), block.mlp))
+    assert not [name for name in block.state_dict() if name.startswith("shortcut")]
+
+
+def test_block_without_an_mlp():
+    block = perturbed(Block(16, nn.Linear(16, 16), mlp=False, layer_scale=1.0))
+    x = torch.randn(2, 4, 4, 16, dtype=torch.float64)
+    mixed = norm(x, block.norm1) @ block.mixer.weight.T + block.mixer.bias
+    torch.testing.assert_close(block(x), x + block.ls1.gamma * mixed)
+    assert {name.partition(".")[0] for name in block.state_dict()} == {"norm1", "mixer", "ls1"}
+
+
+@pytest.mark.parametrize("out_dim, stride", [(8, 1), (12, 1), (8, 2), (12, 2)])
+def test_mbconv_without_a_skip_path(out_dim, stride):
+    whole = perturbed(MBConv(8, out_dim, stride=stride)).eval()
+    block = MBConv(8, out_dim, stride=stride, skip=False, drop_path=0.5).double()
+    block.load_state_dict({n: t for n, t in whole.state_dict().items() if not n.startswith("shortcut")})
+    x = torch.randn(2, 4, 5, 8, dtype=torch.float64)
+    torch.testing.assert_close(block.eval()(x), whole(x) - whole.shortcut(x))
+    assert not any(isinstance(part, DropPath) for part in block.modules())  # nothing would be left of a sample
+
+
+@pytest.mark.parametrize("stride_in", ["expand", "depthwise"])
+@pytest.mark.parametrize("stride, length", [(1, 9), (2, 9), (2, 8), (3, 1), (2, 1)])
+def test_mbconv_on_signals_is_the_middle_row_of_an_image(stride, length, stride_in):
+    line = perturbed(MBConv(8, 12, stride=stride, stride_in=stride_in, rank=1)).eval()
+    image = perturbed(MBConv(8, 12, stride=stride, stride_in=stride_in)).eval()
+    state = line.state_dict()
+    # an image one pixel high meets the middle row of the kernel alone
+    state["conv2_kxk.weight"] = nn.functional.pad(state["conv2_kxk.weight"][:, :, None], (0, 0, 1, 1), value=3.0)
+    image.load_state_dict(state)
+    x = torch.randn(2, length, 8, dtype=torch.float64)
+    assert line(x).shape == (2, -(-length // stride), 12)
+    torch.testing.assert_close(line(x), image(x[:, None])[:, 0])
+
+
+def test_mbconv_refuses_another_rank():
+    with pytest.raises(ValueError, match=r"MBConv: x has shape \(2, 5, 8\); a block of rank 2"):
+        MBConv(8)(torch.randn(2, 5, 8))

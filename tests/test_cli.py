@@ -35,7 +35,7 @@ def write_digits(folder, train=24, test=9, side=8):
 @pytest.fixture
 def data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_digits(tmp_path / "digits")
+    write_digits(tmp_path / "numbers")
     return tmp_path
 
 
@@ -50,21 +50,51 @@ def mistake(capsys, *arguments):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "glocal: name a command: compare; see glocal --help"),
+        ([], "glocal: name a command: compare, train, evaluate, predict, check-data; see glocal --help"),
         (["compar"], "glocal: unknown command 'compar'; did you mean 'compare'?"),
-        (["zzz"], "glocal: unknown command 'zzz'; valid are compare, --help, --version"),
+        (
+            ["zzz"],
+            "glocal: unknown command 'zzz'; valid are compare, train, evaluate, predict, check-data, --help, --ver",
+        ),
         (["--verson"], "glocal: unknown option '--verson'; did you mean '--version'?"),
         (["compare", "--seds", "3"], "glocal compare: unknown option '--seds'; did you mean '--seeds'?"),
         (["compare", "--dat=x"], "glocal compare: unknown option '--dat'; did you mean '--data'?"),
-        (["compare", "--qqqq"], "unknown option '--qqqq'; valid are --data, --layouts, --seeds, --epochs, --out"),
+        (["compare", "--qqqq"], "unknown option '--qqqq'; valid are --data, --layouts, --mixers, --models, --seeds"),
         (["compare", "recall"], "glocal compare: not expected here: recall; see --help"),
-        (["compare", "--seeds"], "Missing value for argument '--seeds'"),
-        (["compare", "--seeds", "many"], "glocal compare: --seeds: 'many' is not a whole number"),
-        (["compare", "--seeds", "1.5"], "--seeds: '1.5' is not a whole number"),
+        (["compare", "--seeds"], "glocal compare: --seeds: none given"),
+        (["compare", "--seeds", "many"], "glocal compare: --seeds: cannot read 'many'; see --help"),
+        (["compare", "--seeds", "1.5"], "--seeds: cannot read '1.5'"),
         (["compare", "--epochs", "few"], "--epochs"),
         (["compare", "--seeds", "-1"], "glocal compare: --seeds: -1; it must be at least 1"),
         (["compare", "--epochs", "0"], "glocal compare: --epochs: 0; it must be at least 1"),
-        (["compare", "--layouts"], "--layouts: none given; name at least one, such as C-C-T-T"),
+        (["compare", "--data"], "--data: none given"),
+        (
+            ["compare", "--budget", "watts"],
+            "invalid choice 'watts' for argument '--budget'. Expected one of ('macs', 'params')",
+        ),
+        (["compare", "--tune", "all"], "--tune"),
+        (["compare", "--ablate", "skipp"], "--ablate"),
+        (["compare", "--data-fractions", "2"], "--data-fractions: 2; it must be above 0 and at most 1"),
+        (["compare", "--folds", "1"], "--folds: 1; it must be at least 2, or 0 for one split"),
+        (["compare", "--models", "timm:resnet1000"], "timm:resnet1000: timm has no such model; did you mean"),
+        (["compare", "--models", "own.py:Net"], "no file 'own.py'"),
+        (["train", "--layout", "C-X"], "layout 'C-X': unknown letter 'X'"),
+        (["train", "--lrr", "1"], "glocal train: unknown option '--lrr'; did you mean '--lr'?"),
+        (["train", "--lr", "fast"], "glocal train: --lr:"),
+        (["train", "--data", "nowhere"], "'nowhere' is neither a probe"),
+        (["train", "--data", "numbers", "--weights", "w.safetensors"], "w.safetensors: no such file"),
+        (["train", "--data", "numbers", "--weights", "taken.safetensors"], "not a file of weights that can be read"),
+        (["train", "--config", "missing.yaml"], "--config: cannot read 'missing.yaml' (No such file or directory)"),
+        (["train", "--config", "taken"], "--config: taken: the file: must hold names with values"),
+        (["train", "--config", "wrong.yaml"], "--config: wrong.yaml: train.lrr: unknown; did you mean 'train.lr'?"),
+        (["train", "--data", "numbers", "--out", "numbers"], "--out: 'numbers' holds something else; name another"),
+        (["train", "--data", "numbers", "--epochs", "0"], "epochs: 0; it must be at least 1"),
+        (["train", "--data", "numbers", "--batch-size", "-4"], "batch_size: -4; it must be at least 1"),
+        (["evaluate"], "glocal evaluate: "),
+        (["evaluate", "nowhere"], "nowhere: no trained network; give the folder of a run, or its weights.safetensors"),
+        (["predict", "nowhere", "x.png"], "nowhere: no trained network"),
+        (["predict", "nowhere"], "no images given; name files, or folders of images"),
+        (["check-data", "nowhere"], "'nowhere' is neither a probe"),
         (["compare", "--layouts", "C-C-X-T"], "layout 'C-C-X-T': unknown letter 'X'; valid are C"),
         (["compare", "--layouts", "CCTT"], "did you mean 'C-C-T-T'?"),
         (["compare", "--layouts", "C-WindowAtention(window_size=2)"], "did you mean 'WindowAttention'?"),
@@ -72,7 +102,7 @@ def mistake(capsys, *arguments):
         (["compare", "--layouts", "C-WindowAttention(window_size=oops)"], "oops"),
         (["compare", "--layouts", "C-WindowAttention(window_size=2"], "a parenthesis is not closed"),
         (["compare", "--layouts", "C-no/file.py:Op"], "no file 'no/file.py'"),
-        (["compare", "--data", "digit"], "neither a probe (recall) nor a folder; did you mean 'digits'?"),
+        (["compare", "--data", "number"], "did you mean 'numbers'?"),
         (["compare", "--data", "recal"], "did you mean the probe 'recall'?"),
         (["compare", "--data", "."], "--out: 'glocal-compare' lies inside the data folder; name one elsewhere"),
         (["compare", "--out", "taken"], "glocal compare: --out: 'taken' is a file; name a folder"),
@@ -81,6 +111,8 @@ def mistake(capsys, *arguments):
 )
 def test_a_mistake_is_one_line(data, capsys, arguments, message):
     (data / "taken").write_text("")
+    (data / "taken.safetensors").write_text("no weights")
+    (data / "wrong.yaml").write_text("train: {lrr: 1}")
     assert message in mistake(capsys, *arguments)
 
 
@@ -104,8 +136,9 @@ def test_a_full_disk_is_one_line(data, capsys, monkeypatch):
     def full(path, text):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(importlib.import_module("glocal.compare"), "_publish", lambda *a: full("out/x", ""))
-    assert "out/x: No space left on device; finished runs are kept" in mistake(capsys, "compare", "--data", "digits")
+    monkeypatch.setattr(importlib.import_module("glocal.compare"), "write_text", full)
+    line = mistake(capsys, "compare", "--data", "numbers", "--layouts", "C-C-T-T")
+    assert "No space left on device" in line
 
 
 def test_help_and_version(capsys):
@@ -132,23 +165,113 @@ def environment():
 
 def glocal_process(folder, *arguments):
     return subprocess.Popen(
-        [sys.executable, "-m", "glocal", "compare", "--data", "digits", "--layouts", "C-T", *arguments],
+        [sys.executable, "-m", "glocal", "compare", "--data", "numbers", "--layouts", "C-C-T-T", *arguments],
         cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
 def test_the_main_job(data):
-    done = glocal_process(data, "--layouts", "C-T", "C-WindowAttention(window_size=2)", "--seeds", "1", "--epochs", "1")
+    own = "C-C-WindowAttention(window_size=2)-T"
+    done = glocal_process(data, "--layouts", "C-C-T-T", own, "--seeds", "1", "--epochs", "1")
     out, err = done.communicate(timeout=300)
     assert done.returncode == 0, err
     lines = out.splitlines()
-    assert lines[0] == "digits: 24 training and 9 test images"
-    assert re.split(r"\s{2,}", lines[2]) == ["layout", "test accuracy %", "every seed", "parameters", "images/s"]
-    assert [line.split()[0] for line in lines[4:6]] == ["C-T", "C-WindowAttention(window_size=2)"]
+    assert lines[0] == "numbers: 24 training and 9 test images"
+    assert re.split(r"\s{2,}", lines[2])[:3] == ["network", "test accuracy %", "95 % interval"]
+    assert [line.split()[0] for line in lines[4:6]] == ["C-C-T-T", own]
+    assert lines[7].startswith("No winner: with one seed each nothing can be said")
     assert "report: glocal-compare/report.html" in lines
     results = json.loads((data / "glocal-compare" / "results.json").read_text())
     assert [len(c["test_accuracy"]["per_seed"]) for c in results["candidates"]] == [1, 1]
-    assert "2/2" in err and "Traceback" not in err
+    assert "2/2" in err and "Traceback" not in err and "Warning" not in err
+
+
+def test_a_killed_comparison_continues_with_the_same_results(data):
+    arguments = ["--seeds", "2", "--epochs", "40"]
+    whole = glocal_process(data, *arguments, "--out", "whole")
+    assert whole.wait(timeout=300) == 0, whole.stderr.read()
+    for with_signal in (signal.SIGKILL, signal.SIGINT):
+        cut = glocal_process(data, *arguments, "--out", "cut")
+        while "epoch" not in cut.stderr.readline():
+            assert cut.poll() is None
+        cut.send_signal(with_signal)
+        cut.wait(timeout=60)
+    last = glocal_process(data, *arguments, "--out", "cut")
+    assert last.wait(timeout=300) == 0, last.stderr.read()
+    found = [json.loads((data / out / "results.json").read_text()) for out in ("whole", "cut")]
+    for keys in (("test_accuracy",), ("train_loss",), ("fit",), ("curves",), ("confusion",)):
+        assert [[c[k] for k in keys] for c in found[0]["candidates"]] == [
+            [c[k] for k in keys] for c in found[1]["candidates"]
+        ]
+    names = [sorted(path.name for path in (data / out / "runs").iterdir()) for out in ("whole", "cut")]
+    assert names[0] == names[1] and len(names[0]) == 2
+    for name in names[0]:
+        weights = [(data / out / "runs" / name / "weights.safetensors").read_bytes() for out in ("whole", "cut")]
+        assert weights[0] == weights[1]
+
+
+def test_train_evaluate_predict(data, capsys):
+    train = ["train", "--data", "numbers", "--layout", "C-T", "--dims", "32", "32", "--epochs", "2", "--out", "run"]
+    assert cli.main([*train, "--lr", "1e-3"]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("test accuracy ") and said.out.endswith("run: run\n")
+    assert "add --resume to go on with it" in mistake(capsys, *train, "--lr", "1e-3")
+    assert "holds another run (train.lr is 0.001 there, 0.002 here)" in mistake(capsys, *train, "--resume")
+    assert cli.main(["train", "--config", "run/config.yaml", "--out", "again", "--seed", "1"]) == 0
+    assert "lr: 0.001" in (data / "again" / "config.yaml").read_text()
+    assert "seed: 1" in (data / "again" / "config.yaml").read_text()
+    capsys.readouterr()
+
+    assert cli.main(["evaluate", "run", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    kept = json.loads((data / "run" / "result.json").read_text())
+    assert found["images"] == 9 and found["accuracy"] == pytest.approx(kept["epochs"][-1]["test_accuracy"])
+    assert found["loss"] == pytest.approx(kept["test_loss"], rel=1e-5)
+    assert cli.main(["evaluate", "run"]) == 0
+    assert "9 test images: accuracy" in capsys.readouterr().out
+    assert "its 10 classes are not the 3" in mistake(capsys, "evaluate", "run", "--data", "digits")
+
+    (data / "pictures").mkdir()
+    for i in range(3):
+        Image.new("RGB", (20, 30), (80 * i, 0, 0)).save(data / "pictures" / f"{i}.png")
+    assert cli.main(["predict", "run", "pictures", "--json"]) == 0
+    predictions = json.loads(capsys.readouterr().out)
+    assert [each["path"] for each in predictions] == [f"pictures/{i}.png" for i in range(3)]
+    for each in predictions:
+        assert sum(each["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+        assert each["predicted"] == max(each["probabilities"], key=each["probabilities"].get)
+    assert cli.main(["predict", "run", "pictures/0.png"]) == 0
+    assert "pictures/0.png" in capsys.readouterr().out
+    assert "missing.png: no such file or folder" in mistake(capsys, "predict", "run", "missing.png")
+
+
+def test_train_starts_from_weights_of_other_data(data, capsys):
+    run = ["--layout", "C-T", "--dims", "32", "32", "--epochs", "1"]
+    assert cli.main(["train", "--data", "numbers", *run, "--out", "first"]) == 0
+    second = ["train", "--data", "digits", *run, "--weights", "first/weights.safetensors", "--out", "second"]
+    assert cli.main(second) == 0
+    capsys.readouterr()
+    other = ["train", "--data", "numbers", "--layout", "T-T", "--weights", "first/weights.safetensors", "--out", "x"]
+    assert "first/weights.safetensors: weights of another network" in mistake(capsys, *other)
+
+
+def test_a_loss_that_is_not_finite_is_one_line(data, capsys):
+    assert cli.main(["train", "--data", "numbers", "--lr", "1e30", "--layout", "C-T", "--batch-size", "8"]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and "learning rate 1e+30; lower the learning rate" in captured.err
+
+
+def test_check_data(data, capsys):
+    assert cli.main(["check-data", "numbers"]) in (0, 1)
+    assert "numbers" in capsys.readouterr().out
+    for name in "ab":
+        (data / "images" / name).mkdir(parents=True)
+        for i in range(5):
+            Image.fromarray(np.full((8, 8), 30 * i + ord(name), np.uint8)).save(data / "images" / name / f"{i}.png")
+    (data / "images" / "b" / "broken.png").write_text("not an image")
+    assert cli.main(["check-data", "images", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert not found["ok"] and "broken.png" in " ".join(found["problems"] + found["unreadable"])
 
 
 def children(pid):
@@ -169,7 +292,7 @@ def test_nothing_is_left_behind(data, monkeypatch, with_signal):
     (data / "tmp").mkdir()
     monkeypatch.setenv("TMPDIR", str(data / "tmp"))
     process = glocal_process(data, "--epochs", "1000000")
-    while "epoch in" not in process.stderr.readline():
+    while "epoch" not in process.stderr.readline():
         assert process.poll() is None
     workers = children(process.pid)
     assert workers

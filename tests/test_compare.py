@@ -1,36 +1,49 @@
-"""Comparisons: what is planned, kept, repeated and written; runs side by side, and how they end."""
+"""Comparisons: what is planned, kept, repeated, chosen and said."""
 
 import dataclasses
 import json
-import multiprocessing
-import os
+import re
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 
 from glocal import compare as comparison
-from glocal import running, training
-from glocal.compare import check, compare, plan, prepare_folder, recipe, run_keys
-from glocal.config import CompareConfig, RunConfig
+from glocal import training
+from glocal.compare import Study, check, compare, prepare_folder
+from glocal.config import CompareConfig
 from glocal.data import ImageData, load
+from glocal.plan import recipe
 
 
-def write_digits(folder, train=24, test=9, side=8):
-    """A small MNIST-like set of three classes."""
+def write_digits(folder, train=48, test=18, side=8, seed=0):
+    """A small MNIST-like set of three classes, told apart by their brightness."""
     folder.mkdir()
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     for split, count in (("train", train), ("t10k", test)):
-        images = rng.integers(0, 256, (count, side, side)).astype(np.uint8)
         labels = (np.arange(count) % 3).astype(np.uint8)
+        images = (rng.integers(0, 150, (count, side, side)) + 40 * labels[:, None, None]).astype(np.uint8)
         for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
             header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
             (folder / f"{split}-{kind}-ubyte").write_bytes(header + array.tobytes())
 
 
-LAYOUTS = ("C-T", "T-T")
+def write_colours(folder, count=6, side=10):
+    """Class folders of coloured images."""
+    rng = np.random.default_rng(1)
+    for name, colour in (("red", 0), ("blue", 2)):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.integers(0, 100, (side, side, 3)).astype(np.uint8)
+            pixels[..., colour] += 100
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+
+
+LAYOUTS = ("C-C-T-T", "T-T-T-T")
 
 
 @pytest.fixture
@@ -40,126 +53,348 @@ def folder(tmp_path):
 
 
 def config(folder, **options):
-    settings = {"data": str(folder / "data"), "layouts": LAYOUTS, "seeds": 2, "epochs": 2, "out": folder / "out"}
+    settings = {"data": (str(folder / "data"),), "layouts": LAYOUTS, "seeds": (2,), "epochs": 1, "out": folder / "out"}
     return CompareConfig(**(settings | options))
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def in_process(monkeypatch):
-    """Runs without worker processes; returns the numbers of the runs that were trained."""
+    """Runs without worker processes and in small networks; gives the labels of what was trained."""
     trained = []
 
-    def run_all(runs, data, progress, workers=None):
-        for i, run in runs.items():
-            trained.append(i)
-            yield i, dataclasses.asdict(training.train(run, data))
+    def run_all(jobs, data, progress, workers=None):
+        for i, job in jobs.items():
+            trained.append(job.label)
+            training.train(job.config, data[job.config.data.source], job.folder)
+            yield i
 
     monkeypatch.setattr(comparison, "run_all", run_all)
+    monkeypatch.setattr("glocal.candidates._BASE_DIMS", (32, 32, 32, 32))
     return trained
 
 
-def test_results_are_complete_and_say_the_same_as_training(folder, in_process):
+def row(results, name, **where):
+    [found] = [
+        c
+        for c in results["candidates"]
+        if c["name"] == name and all(c[key] == value for key, value in ({"without": None} | where).items())
+    ]
+    return found
+
+
+def test_results_say_the_same_as_training(folder):
     results = compare(config(folder), quiet=True)
-    assert json.loads((folder / "out" / "results.json").read_text()) == results
+    out = folder / "out"
+    assert json.loads((out / "results.json").read_text()) == results
     assert [c["name"] for c in results["candidates"]] == list(LAYOUTS)
-    data = load(str(folder / "data"))
-    for candidate in results["candidates"]:
-        assert candidate["data"] == str(folder / "data") and candidate["seeds"] == [0, 1]
-        accuracy = candidate["test_accuracy"]
-        assert accuracy["mean"] == pytest.approx(np.mean(accuracy["per_seed"]))
-        runs = [run for run in plan(config(folder), data) if run.model.layout == candidate["name"]]
-        for run, last, curve in zip(runs, accuracy["per_seed"], candidate["curves"], strict=True):
-            expected = training.train(run, data)
-            assert curve["test_accuracy"] == [epoch.test_accuracy for epoch in expected.epochs]
-            assert curve["train_loss"] == [epoch.train_loss for epoch in expected.epochs]
-            assert last == curve["test_accuracy"][-1] and curve["seed"] == run.seed
-            assert candidate["params"] == expected.params
-        assert candidate["images_per_second"] > 0 and candidate["seconds_per_epoch"] > 0
-    report = (folder / "out" / "report.html").read_text()
-    assert "C-T" in report and "Not complete" not in report
-    assert not list((folder / "out").rglob("*.tmp"))
+    study = Study(config(folder), {str(folder / "data"): load(str(folder / "data"))})
+    for cell in study.plan.cells:
+        found = row(results, cell.name)
+        for planned in (run for run in study.plan.phases[0] if run.cell == cell):
+            one = training.train(study.config_of(planned), load(str(folder / "data")))
+            accuracy = found["test_accuracy"]["per_seed"][planned.seed]
+            assert accuracy == pytest.approx(one.epochs[-1].test_accuracy)
+            assert found["train_loss"]["per_seed"][planned.seed] == one.epochs[-1].train_loss
+            assert found["fit"]["gap"]["per_seed"][planned.seed] == one.test_loss - one.train_loss
+            assert found["curves"][planned.seed]["test_accuracy"] == [e.test_accuracy for e in one.epochs]
+            assert found["params"] == one.params
+        assert np.sum(found["confusion"]) == 2 * 18
+        right = np.trace(found["confusion"]) / np.sum(found["confusion"])
+        assert found["test_accuracy"]["mean"] == pytest.approx(100 * right)
+    target = results["budget"]["targets"][str(folder / "data")]
+    assert all(abs(c["macs"] / target - 1) < 0.02 and c["resized"] for c in results["candidates"])
+    [verdict] = results["verdicts"]
+    assert verdict["equal_budget"] and verdict["best"] in LAYOUTS and len(verdict["pairs"]) == 1
+    best = max(results["candidates"], key=lambda c: c["test_accuracy"]["mean"])
+    assert verdict["best"] == best["name"] and best["difference_to_best"] is None
+    low, high = best["test_accuracy"]["low"], best["test_accuracy"]["high"]
+    assert 0 <= low <= best["test_accuracy"]["mean"] <= high <= 100
+    assert len(results["datasets"][0]["hardest"]) == 12
+    for name in ("report.html", "results.csv", "results.tex"):
+        assert "C-C-T-T" in (out / name).read_text()
+    assert not list(out.rglob("*.tmp"))
+
+
+def test_the_hardest_images_are_those_with_the_highest_loss(folder):
+    results = compare(config(folder), quiet=True)
+    losses = [load_file(path)["loss"] for path in (folder / "out" / "runs").glob("*/predictions.safetensors")]
+    order = torch.stack(losses).double().mean(0).argsort(descending=True)
+    hardest = results["datasets"][0]["hardest"]
+    assert [h["index"] for h in hardest] == order[:12].tolist()
+    labels = load(str(folder / "data")).test_labels
+    assert [h["label"] for h in hardest] == [str(int(labels[h["index"]])) for h in hardest]
 
 
 def test_finished_runs_are_not_repeated(folder, in_process):
-    first = compare(config(folder, seeds=1), quiet=True)
-    assert in_process == [0, 1]
-    assert compare(config(folder, seeds=1), quiet=True) == first and in_process == [0, 1]
-    compare(config(folder, layouts=(*LAYOUTS, "C-C"), seeds=1), quiet=True)
-    assert in_process == [0, 1, 2]  # a layout more
+    def trained():
+        found = list(in_process)
+        in_process.clear()
+        return found
+
+    first = compare(config(folder, seeds=(1,)), quiet=True)
+    assert len(trained()) == 2
+    assert compare(config(folder, seeds=(1,)), quiet=True) == first and not trained()
+    compare(config(folder, layouts=(*LAYOUTS, "C-C-C-C"), seeds=(1,)), quiet=True)
+    assert [label.partition(",")[0] for label in trained()] == ["C-C-C-C"]  # a layout more
     more = compare(config(folder), quiet=True)
-    assert in_process == [0, 1, 2, 2, 3]  # a seed more: runs 2 and 3
+    assert [label[-6:] for label in trained()] == ["seed 1", "seed 1"]  # a seed more
     assert more["candidates"][0]["curves"][0] == first["candidates"][0]["curves"][0]
-    compare(config(folder, epochs=1, seeds=1), quiet=True)
-    assert in_process[5:] == [0, 1]  # another recipe
-    next(iter((folder / "out" / "runs").iterdir())).write_text('{"config": {}, "resu')
+    compare(config(folder, epochs=2, seeds=(1,)), quiet=True)
+    assert len(trained()) == 2  # another recipe
+    damaged = next((folder / "out" / "runs").glob("*/result.json"))
+    damaged.write_text('{"epochs": [')
     compare(config(folder), quiet=True)
-    compare(config(folder, epochs=1, seeds=1), quiet=True)
-    compare(config(folder, layouts=("C-C",), seeds=1), quiet=True)
-    assert len(in_process) == 8  # a damaged file is trained again, once
+    compare(config(folder, epochs=2, seeds=(1,)), quiet=True)
+    compare(config(folder, layouts=("C-C-C-C",), seeds=(1,)), quiet=True)
+    assert len(trained()) == 1  # a damaged file is trained again
 
 
 def test_an_interrupted_comparison_keeps_its_runs(folder, monkeypatch):
-    def run_all(runs, data, progress, workers=None):
-        yield 0, dataclasses.asdict(training.train(runs[0], data))
+    def run_all(jobs, data, progress, workers=None):
+        training.train(jobs[0].config, data[jobs[0].config.data.source], jobs[0].folder)
+        yield 0
         raise KeyboardInterrupt
 
     monkeypatch.setattr(comparison, "run_all", run_all)
     with pytest.raises(KeyboardInterrupt):
         compare(config(folder), quiet=True)
     results = json.loads((folder / "out" / "results.json").read_text())
-    assert [c["name"] for c in results["candidates"]] == ["C-T"] and results["runs"] == {"finished": 1, "planned": 4}
+    assert [c["name"] for c in results["candidates"]] == ["C-C-T-T"] and results["runs"] == {
+        "finished": 1,
+        "planned": 4,
+    }
+    assert results["verdicts"][0]["winner"] is None
     assert "Not complete" in (folder / "out" / "report.html").read_text()
 
 
-def test_what_a_key_covers(folder, monkeypatch):
-    data = load(str(folder / "data"))
-    runs = plan(config(folder), data)
-    keys = run_keys(runs, data)
-    assert len(set(keys)) == 4 and keys == run_keys(runs, data)
-    moved = [dataclasses.replace(run, data="elsewhere") for run in runs]
-    assert run_keys(moved, data) == keys  # the images count, not where they lie
+def folders(study):
+    return [study.folder(run) for phase in study.plan.phases for run in phase]
+
+
+def test_what_a_runs_name_covers(folder, monkeypatch):
+    source = str(folder / "data")
+    data = load(source)
+    study = Study(config(folder), {source: data})
+    names = folders(study)
+    assert len(set(names)) == 4 and names == folders(Study(config(folder), {source: data}))
+    moved = Study(config(folder, data=("elsewhere",)), {"elsewhere": data})
+    assert folders(moved) == names  # the images count, not where they lie
     other = dataclasses.replace(data, train_images=data.train_images.clone().index_fill_(0, torch.tensor([3]), 7))
-    assert not set(run_keys(runs, other)) & set(keys)
-    lower = dataclasses.replace(runs[0], train=dataclasses.replace(runs[0].train, lr=1e-3))
-    assert run_keys([lower], data)[0] not in keys
+    assert not set(folders(Study(config(folder), {source: other}))) & set(names)
+    assert not set(folders(Study(config(folder, data_fractions=(0.5,)), {source: data}))) & set(names)
     monkeypatch.setattr(torch, "__version__", "9.9")
-    assert not set(run_keys(runs, data)) & set(keys)
+    assert not set(folders(Study(config(folder), {source: data}))) & set(names)
 
 
-def test_a_key_covers_the_users_file(folder):
-    data = load(str(folder / "data"))
-    path = folder / "my-ops" / "shift.py"
-    path.parent.mkdir()
-    run = RunConfig("d", dataclasses.replace(RunConfig().model, layout=f"C-'{path}:Shift(step=1)'"))
-    path.write_text("one = 1")
-    one = run_keys([run], data)
-    path.write_text("one = 2")
-    assert run_keys([run], data) != one
+OPERATOR = """
+import torch
+from torch import nn
+
+class Mean(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        return self.proj(x.mean((1, 2), keepdim=True).expand_as(x))
+
+class Tiny(nn.Module):
+    def __init__(self, in_chans, num_classes, width=4):
+        super().__init__()
+        self.conv = nn.Conv2d(in_chans, width, 3)
+        self.fc = nn.Linear(width, num_classes)
+
+    def forward(self, x):
+        return self.fc(self.conv(x).mean((2, 3)))
+"""
+
+
+def test_operators_and_models_of_others_stand_beside_ours(folder):
+    (folder / "my-ops").mkdir()
+    file = folder / "my-ops" / "own.py"
+    file.write_text(OPERATOR)
+    asked = config(
+        folder,
+        layouts=("C-C-T-T",),
+        mixers=(f"{file}:Mean", "WindowAttention(window_size=2)"),
+        models=(f"{file}:Tiny(width=8)", "timm:resnet10t"),
+        seeds=(2,),
+    )
+    results = compare(asked, quiet=True)
+    names = [c["name"] for c in results["candidates"]]
+    assert names == [
+        "C-C-T-T",
+        f"{file}:Mean in C-C-T-T",
+        "WindowAttention(window_size=2) in C-C-T-T",
+        f"{file}:Tiny(width=8)",
+        "timm:resnet10t",
+    ]
+    assert [c["resized"] for c in results["candidates"]] == [True, True, True, False, False]
+    tiny = row(results, f"{file}:Tiny(width=8)")
+    assert tiny["params"] == 9 * 8 + 8 + 8 * 3 + 3 and tiny["macs"] == 6 * 6 * 8 * 9 + 8 * 3
+    assert not results["verdicts"][0]["equal_budget"]
+    assert "differ in size" in results["verdicts"][0]["sentence"]
+
+    study = Study(asked, {asked.data[0]: load(asked.data[0])})
+    before = folders(study)
+    file.write_text(OPERATOR.replace("mean((1, 2)", "amax((1, 2)"))
+    after = folders(Study(asked, {asked.data[0]: load(asked.data[0])}))
+    changed = [one != other for one, other in zip(before, after, strict=True)]
+    assert changed == [False, True, False, True, False] * 2  # those of the file that changed
+
+
+def test_shares_of_the_images_and_widths(folder):
+    results = compare(
+        config(folder, data_fractions=(0.25, 1.0), widths=(1.0, 2.0), seeds=(1,), layouts=("C-C-T-T",)), quiet=True
+    )
+    shown = {(c["fraction"], c["width"]): c for c in results["candidates"]}
+    assert set(shown) == {(0.25, 1.0), (0.25, 2.0), (1.0, 1.0), (1.0, 2.0)}
+    assert shown[1.0, 2.0]["macs"] > 3 * shown[1.0, 1.0]["macs"]
+    assert [len(shown[f, 1.0]["curves"][0]["test_accuracy"]) for f in (0.25, 1.0)] == [2, 1]  # 1 / sqrt(f) epochs
+    assert {(v["fraction"], v["width"]) for v in results["verdicts"]} == set(shown)
+
+
+def test_every_share_of_the_images_has_its_seeds(folder):
+    asked = config(folder, data_fractions=(1.0, 0.25), seeds=(1, 3), layouts=("C-C-T-T",))
+    shown = {c["fraction"]: c["seeds"] for c in compare(asked, quiet=True)["candidates"]}
+    assert shown == {0.25: [0, 1, 2], 1.0: [0]}
+
+
+def test_a_repeated_comparison_counts_nothing_again(folder, monkeypatch):
+    first = compare(config(folder), quiet=True)
+    monkeypatch.setattr("glocal.candidates.cost.macs", None)
+    assert compare(config(folder), quiet=True) == first
+
+
+def test_every_image_is_tested_once_in_cross_validation(folder, in_process):
+    results = compare(config(folder, folds=3, seeds=(2,)), quiet=True)
+    assert len(in_process) == 2 * 2 * 3
+    for candidate in results["candidates"]:
+        assert np.sum(candidate["confusion"]) == 2 * (48 + 18)
+        assert [sum(true) for true in candidate["confusion"]] == [44, 44, 44]
+        assert len(candidate["test_accuracy"]["per_seed"]) == 2
+
+
+def test_the_learning_rate_is_chosen_on_validation_images(folder, in_process, monkeypatch):
+    tried = []
+    original = training.train
+
+    def train(run, data, out=None, **rest):
+        if run.data.validation:
+            tried.append(run.train.lr)
+            # another rate is the best for each layout, whatever the test says
+            assert len(training.images_of(run, data).test_labels) in range(3, 9)
+        return original(run, data, out, **rest)
+
+    monkeypatch.setattr(training, "train", train)
+    results = compare(config(folder, tune="lr", epochs=3), quiet=True)
+    rates = (2e-3 / 3, 2e-3, 6e-3)
+    assert sorted(tried) == pytest.approx(sorted(rates * 2))
+    assert len(in_process) == 2 * 3 + 2 * 2 and all("trying" in label for label in in_process[:6])
+    runs = {}
+    for path in (folder / "out" / "runs").iterdir():
+        text = (path / "config.yaml").read_text()
+        if "validation: true" in text:
+            layout = re.search(r"layout: (\S+)", text)[1]
+            rate = float(re.search(r"\n  lr: (\S+)", text)[1])
+            last = json.loads((path / "result.json").read_text())["epochs"][-1]["test_accuracy"]
+            runs.setdefault(layout, []).append((last, -abs(np.log(rate / 2e-3)), rate))
+    for candidate in results["candidates"]:
+        assert candidate["lr"] == pytest.approx(max(runs[candidate["name"]])[-1])
+
+
+def test_networks_go_on_to_other_data(folder, in_process):
+    write_colours(folder / "colours")
+    asked = config(folder, then=str(folder / "colours"), seeds=(1,))
+    results = compare(asked, quiet=True)
+    assert [c["after"] for c in results["candidates"]] == [None, None, asked.data[0], asked.data[0]]
+    second = row(results, "C-C-T-T", after=asked.data[0])
+    assert second["data"] == str(folder / "colours") and np.sum(second["confusion"]) == 2
+    study = Study(asked, {source: load(source) for source in (*asked.data, asked.then)})
+    first, then = study.plan.phases
+    config_of_second = study.config_of(then[0])
+    assert config_of_second.weights == str(study.folder(first[0]) / "weights.safetensors")
+    assert study.config_of(first[0]).data.in_chans == 3  # grey is repeated, so that colour can follow
+    assert config_of_second.data.img_size == (8, 8) and config_of_second.data.in_chans is None
+    weights = load_file(study.folder(then[0]) / "weights.safetensors")
+    assert weights["stem.conv1.weight"].shape[1] == 3 and weights["head.fc.weight"].shape[0] == 2
+    assert [v["after"] for v in results["verdicts"]] == [None, asked.data[0]]
+    before = len(in_process)
+    compare(asked, quiet=True)
+    assert len(in_process) == before
+    assert "colours" in (folder / "out" / "report.html").read_text()
+
+
+def test_ablations(folder):
+    results = compare(config(folder, ablate=("skip", "mlp"), layouts=("C-C-C-C", "C-C-T-T")), quiet=True)
+    shown = [(c["name"], c["without"]) for c in results["candidates"]]
+    assert shown == [
+        *[("C-C-C-C", None), ("C-C-C-C", "skip")],  # MBConv has no MLP of its own
+        *[("C-C-T-T", None), ("C-C-T-T", "skip"), ("C-C-T-T", "mlp")],
+    ]
+    assert row(results, "C-C-T-T", without="mlp")["params"] < row(results, "C-C-T-T")["params"]
+    assert [len(v["pairs"]) for v in results["verdicts"]] == [1]  # ablations do not compete
+    for ablation in results["ablations"]:
+        means = [
+            row(results, ablation["name"], without=without)["test_accuracy"]["mean"]
+            for without in (ablation["without"], None)
+        ]
+        difference = ablation["difference"]
+        assert difference["mean"] == pytest.approx(means[0] - means[1])
+        assert difference["low"] <= difference["mean"] <= difference["high"]
+    with pytest.raises(ValueError, match="--ablate: mlp changes nothing in any of the networks"):
+        compare(config(folder, ablate=("mlp",), layouts=("C-C-C-C",)), quiet=True)
+
+
+def test_the_budget_may_be_parameters(folder):
+    results = compare(config(folder, budget="params", layouts=("C-C-C-C", "T-T-T-T"), seeds=(1,)), quiet=True)
+    target = results["budget"]["targets"][str(folder / "data")]
+    assert all(abs(c["params"] / target - 1) < 0.02 for c in results["candidates"])
+    assert results["budget"]["of"] == "params"
+
+
+def test_one_seed_and_one_candidate_have_no_interval(folder):
+    for options in ({"seeds": (1,)}, {"layouts": ("C-C-T-T",)}):
+        results = compare(config(folder, **options), quiet=True)
+        accuracy = results["candidates"][0]["test_accuracy"]
+        assert accuracy["low"] is None and accuracy["high"] is None and results["verdicts"][0]["winner"] is None
 
 
 def test_the_recipe_follows_the_kind_of_data():
     def data(kind):
         images = torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
-        return ImageData("x", images, torch.arange(2), images, torch.arange(2), ("a", "b"), kind)
+        return ImageData("recall" if kind == "probe" else "x", images, torch.arange(2), images, torch.arange(2), ("a", "b"), kind)
 
-    probe, idx, folder = (recipe(data(kind), None) for kind in ("probe", "idx", "folder"))
-    assert (probe.crop_padding, probe.flip) == (0, False)
+    probe, idx, folder, digits = (recipe(data(kind), None) for kind in ("probe", "idx", "folder", "digits"))
+    assert (probe.crop_padding, probe.flip) == (0, False) == (digits.crop_padding, digits.flip)
     assert (idx.flip, folder.flip) == (False, True) and idx.crop_padding == folder.crop_padding > 0
-    assert idx.epochs == folder.epochs == 3 and recipe(data("idx"), 7).epochs == 7
+    assert idx.epochs == folder.epochs == 6 and recipe(data("idx"), 7).epochs == 7
+    assert recipe(data("idx"), 4, 0.25).epochs == 8
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seeds": 0}, "--seeds: 0; it must be at least 1"),
-        ({"seeds": -3}, "--seeds: -3; it must be at least 1"),
+        ({"seeds": (0,)}, "--seeds: 0; it must be at least 1"),
+        ({"seeds": (-3,)}, "--seeds: -3; it must be at least 1"),
+        ({"seeds": (3, 1)}, "--seeds: 2 numbers for 1 data fractions; give one for all, or one for each"),
         ({"epochs": 0}, "--epochs: 0; it must be at least 1"),
-        ({"layouts": ()}, "--layouts: none given"),
-        ({"layouts": ("C-T", "T", "C-T")}, "--layouts: 'C-T' is named twice"),
+        ({"folds": 1}, "--folds: 1; it must be at least 2, or 0"),
+        ({"folds": -2}, "--folds: -2; it must be at least 2, or 0"),
+        ({"folds": 40}, "fold"),  # more than a class has images
+        ({"data_fractions": (0.5, 0)}, "--data-fractions: 0; it must be above 0 and at most 1"),
+        ({"data_fractions": (1.5,)}, "--data-fractions: 1.5; it must be above 0 and at most 1"),
+        ({"data_fractions": ()}, "--data-fractions: none given"),
+        ({"widths": (-1.0,)}, "--widths: -1; it must be above 0"),
+        ({"data": ()}, "--data: none given"),
+        ({"layouts": ("C-T", "T", "C-T")}, "--layouts: 'C-T' is named twice; name it once"),
         ({"layouts": ("C-T", "C-Q")}, "unknown letter 'Q'"),
         ({"layouts": ("C-DepthwiseConv(rank=1)",)}, "rank"),  # found by running it once
-        ({"data": "nowhere"}, "neither a probe"),
-        ({"data": ".", "out": Path("out")}, "--out: 'out' lies inside the data folder; name one elsewhere"),
+        ({"models": ("timm:resnet10x",)}, "timm has no such model; did you mean 'timm:resnet10t'"),
+        ({"models": ("nothing.py:Net",)}, "no file 'nothing.py'"),
+        ({"mixers": ("WindowAtention",)}, "did you mean 'WindowAttention'"),
+        ({"data": ("nowhere",)}, "neither a probe"),
+        ({"data": (".",), "out": Path("out")}, "--out: 'out' lies inside the data folder; name one elsewhere"),
     ],
 )
 def test_mistakes_stop_before_training(folder, in_process, options, message):
@@ -178,114 +413,7 @@ def test_folders_that_cannot_be_written_to(tmp_path):
     (tmp_path / "results.json").write_text('{"of": "another program"}')
     with pytest.raises(ValueError, match=r"results\.json' is not a result of glocal compare; name another folder"):
         prepare_folder(tmp_path)
-
-
-# Worker processes
-
-
-class Silent(running.Progress):
-    def __init__(self, count, **hooks):
-        super().__init__([f"run {i}" for i in range(count)], quiet=True)
-        self.hooks = hooks
-
-    def epoch(self, i, epoch):
-        self.hooks.get("epoch", lambda: None)()
-
-
-def test_workers_give_what_one_thread_gives(folder):
-    data = load(str(folder / "data"))
-    runs = dict(enumerate(plan(config(folder), data)))
-    found = dict(running.run_all(runs, data, Silent(4), workers=2))
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for i, run in runs.items():
-            expected = training.train(run, data)
-            losses = [epoch["train_loss"] for epoch in found[i]["epochs"]]
-            assert losses == [epoch.train_loss for epoch in expected.epochs]
-    finally:
-        torch.set_num_threads(before)
-    assert not multiprocessing.active_children()
-
-
-def test_a_worker_that_dies_is_reported(folder):
-    data = load(str(folder / "data"))
-    runs = {0: plan(config(folder, epochs=100_000), data)[0]}
-    progress = Silent(1, epoch=lambda: multiprocessing.active_children()[0].kill())
-    with pytest.raises(
-        running.RunFailed, match=r"run 0: the process that trained it ended with code -9; perhaps .* memory"
-    ):
-        list(running.run_all(runs, data, progress))
-    assert not multiprocessing.active_children()
-
-
-OPERATORS = """
-import torch
-from torch import nn
-
-class Broken(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-    def forward(self, x):
-        if self.training:
-            raise KeyError("in the operator")
-        return x
-
-class Infinite(Broken):
-    def forward(self, x):
-        return x * torch.inf if self.training else x
-"""
-
-
-@pytest.mark.parametrize(
-    "operator, message",
-    [("Broken", "(?s)seed 0:.*Traceback.*KeyError: 'in the operator'"), ("Infinite", "the loss is nan at step 1 of")],
-)
-def test_a_run_that_fails_says_why(folder, operator, message):
-    data = load(str(folder / "data"))
-    (folder / "ops.py").write_text(OPERATORS)
-    runs = plan(config(folder, layouts=(f"C-'{folder / 'ops.py'}:{operator}'",)), data)
-    with pytest.raises(running.RunFailed, match=message):
-        list(running.run_all({0: runs[0]}, data, Silent(1)))
-
-
-def test_an_interrupted_consumer_ends_the_workers(folder):
-    data = load(str(folder / "data"))
-    runs = dict(enumerate(plan(config(folder), data)))
-    everything = running.run_all(runs, data, Silent(4), workers=1)
-    next(everything)
-    assert multiprocessing.active_children()
-    everything.close()
-    assert not multiprocessing.active_children()
-
-
-# Progress
-
-
-@pytest.mark.parametrize("terminal", [False, True])
-def test_progress(capsys, monkeypatch, terminal):
-    monkeypatch.setenv("FORCE_COLOR" if terminal else "NO_COLOR", "1")
-    with running.Progress(["C-T seed 0", "T-T seed 0", "T seed 0"], done=[2]) as progress:
-        progress.step(0, 1, 4)
-        progress.step(1, 2, 4)
-        progress.epoch(0, {"test_accuracy": 51.25, "train_loss": 1.5, "seconds": 3.4})
-        progress.finish(0, 51.25)
-        progress.finish(1, 60.0)
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert "1 of 3 runs were finished before and are not repeated" in captured.err
-    assert "2/3 C-T seed 0: test 51.2 %; about" in captured.err and " left" in captured.err
-    assert "3/3 T-T seed 0: test 60.0 %\n" in captured.err
-    if not terminal:
-        assert "C-T seed 0: epoch in 3 s, test 51.2 %, loss 1.500" in captured.err
-
-
-@pytest.mark.parametrize(
-    "seconds, text", [(4.4, "4 s"), (89, "89 s"), (90, "2 min"), (3599, "60 min"), (7500, "2 h 5 min")]
-)
-def test_durations(seconds, text):
-    assert running._duration(seconds) == text
-
-
-def test_cores():
-    assert 1 <= running._cores() <= os.cpu_count()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("seed: 0")
+    with pytest.raises(ValueError, match="holds a run of glocal train; name another folder"):
+        prepare_folder(tmp_path / "run")

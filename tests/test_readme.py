@@ -14,6 +14,7 @@ from glocal import contract, mixers
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CHINESE = (ROOT / "README.zh.md").read_text(encoding="utf-8")
 
 
 def blocks(language, text=README):
@@ -32,6 +33,19 @@ def test_ci_runs_the_commands_of_the_readme():
         install_and_test.rstrip("\n"),
         "scripts/check\n",
     ]
+
+
+def test_both_languages_say_the_same():
+    for language in ("sh", "pycon"):
+        assert blocks(language) == blocks(language, CHINESE)
+    trees = [listed(blocks("text", text)[0]) for text in (README, CHINESE)]
+    assert list(trees[0]) == list(trees[1]) and all(trees[1].values())
+    for pattern in (r"`[^`\n]+`", r"docs/[\w.-]+", r"^## ", r"^\| `\w+`"):
+        found = [set(re.findall(pattern, text, flags=re.MULTILINE)) for text in (README, CHINESE)]
+        assert {re.sub(r"FOLDER|文件夹", "F", each) for each in found[0]} == {
+            re.sub(r"FOLDER|文件夹", "F", each) for each in found[1]
+        }
+    assert CHINESE.count("\n## ") == README.count("\n## ")
 
 
 def test_commands_start_from_a_fresh_clone():

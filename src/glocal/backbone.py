@@ -1,6 +1,6 @@
-"""Backbone: stem, stages of blocks from a layout such as C-C-T-T, head. Images in, class scores out.
+"""Backbone: stem, stages of blocks from a layout such as C-C-T-T, head. Images or signals in, class scores out.
 
-B images, H W pixels or tokens, C channels.
+B samples, *S their grid, H W (pixels or tokens of images) or T (samples or tokens of signals), C channels.
 """
 
 import difflib
@@ -96,29 +96,37 @@ def default_dims(stages: int) -> tuple[int, ...]:
 
 
 class Backbone(nn.Module):
-    """Stem, stages and head: [B, in_chans, H, W] -> [B, num_classes].
+    """Stem, stages and head: images [B, in_chans, H, W] or signals [B, in_chans, T] -> [B, num_classes].
 
     The stem is CoAtNet's: 3x3 convolution with stride 2, BN, GELU, 3x3 convolution. Every stage consists of
     blocks of one kind, its first block with the stage's stride and width. The head takes the mean over the grid, LN
-    and a linear map. Any image size works at run time; grids shrink to ceil(n / stride).
+    and a linear map. Any size works at run time; grids shrink to ceil(n / stride). For signals every kernel has one
+    axis.
 
     Args:
         layout: One entry a stage; see `parse_layout`.
         in_chans: Channels of an image.
         num_classes: Number of scores.
-        img_size: Pixels a side or (height, width) that relative-position tables are made for.
+        img_size: Pixels a side or (height, width) that relative-position tables are made for; (length,) for signals.
         dims: Width of every stage.
         depths: Blocks in every stage.
         strides: Stride of every stage; `default_strides` if not given.
         stem_dim: Width of the stem; half of the first stage's if not given, as the stem has four times the tokens.
-        mlp_ratio: Hidden width over width of the MLPs in blocks with a mixer.
+        mlp_ratio: Hidden width over width: of the MLPs in blocks with a mixer, and inside convolution blocks.
         conv: Further arguments of `MBConv`, such as {"stride_in": "depthwise"}.
+        drop_path: Rate of stochastic depth in the last block; it grows linearly from 0 in the first.
+        layer_scale: Initial value of the factors on every branch; None: there are none.
+        skip: False leaves out every skip path, also those that pool and widen; then no branch is dropped.
+        mlp: False leaves out the MLP half of blocks with a mixer. Convolution blocks have none of their own and stay.
+        positions: False builds operators without their position terms, by their argument `position_bias`; operators
+            without that argument stay. `ablatable` says which of the three change anything here.
 
     Attributes:
         feature_info: One dict a stage, as in timm: `num_chs` (channels), `reduction` (pixels a token), `module`.
 
     Raises:
-        ValueError: The layout names something unknown, or a sequence has another length than the layout.
+        ValueError: The layout names something unknown, or a sequence has another length than the layout; an
+            operator asks for a position bias that `positions` takes away; at run time, an input of another rank.
 
     Source: Dai, Liu, Le, Tan, "CoAtNet", NeurIPS 2021, arXiv 2106.04803, section 2 and table 3.
     """
@@ -136,10 +144,17 @@ class Backbone(nn.Module):
         stem_dim: int | None = None,
         mlp_ratio: float = 4,
         conv: dict[str, Any] | None = None,
+        drop_path: float = 0,
+        layer_scale: float | None = None,
+        skip: bool = True,
+        mlp: bool = True,
+        positions: bool = True,
     ):
         super().__init__()
         entries = parse_layout(layout)
         grid = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        if len(grid) not in (1, 2) or min(grid) < 1:
+            raise ValueError(f"img_size is {img_size}; it must be (height, width) or, for signals, (length,)")
         dims = default_dims(len(entries)) if dims is None else tuple(dims)
         depths = (1,) * len(entries) if depths is None else tuple(depths)
         strides = default_strides(grid, len(entries)) if strides is None else tuple(strides)
@@ -151,17 +166,26 @@ class Backbone(nn.Module):
             if min(values) < 1:
                 raise ValueError(f"{name} is {values}; every value must be at least 1")
         self.layout = layout
+        both: dict[str, Any] = {"layer_scale": layer_scale, "skip": skip}
+        conv = {"expand_ratio": mlp_ratio, "rank": len(grid)} | both | (conv or {})
+        block = {"mlp_ratio": mlp_ratio, "mlp": mlp} | both
         dim = max(1, dims[0] // 2) if stem_dim is None else stem_dim
-        self.stem = Stem(in_chans, dim)
+        self.stem = Stem(in_chans, dim, rank=len(grid))
         grid = tuple(-(-side // 2) for side in grid)
         reduction = 2
         stages, self.feature_info = [], []
+        rates = iter(torch.linspace(0, drop_path, sum(depths), device="cpu").tolist())
         for i, entry in enumerate(entries):
-            blocks = []
+            blocks: list[nn.Module] = []
             for j in range(depths[i]):
                 stride = strides[i] if j == 0 else 1
                 grid = tuple(-(-side // stride) for side in grid)
-                blocks.append(_block(entry, dim, dims[i], stride, grid, mlp_ratio, conv or {}))
+                place: dict[str, Any] = {"out_dim": dims[i], "stride": stride, "drop_path": next(rates)}
+                if entry == "C":
+                    blocks.append(MBConv(dim, **place | conv))
+                else:
+                    mixer, mixer_dim = _mixer(entry, dim, dims[i], grid, positions)
+                    blocks.append(Block(dim, mixer, mixer_dim=mixer_dim, **place | block))
                 dim = dims[i]
             reduction *= strides[i]
             stages.append(nn.Sequential(*blocks))
@@ -170,10 +194,10 @@ class Backbone(nn.Module):
         self.head = Head(dim, num_classes)
 
     def features(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """The output of every stage, [B, H_i, W_i, C_i]: channels last, as all tokens here.
+        """The output of every stage, [B, H_i, W_i, C_i] or [B, T_i, C_i]: channels last, as all tokens here.
 
         Args:
-            x: Images [B, in_chans, H, W].
+            x: Images [B, in_chans, H, W] or signals [B, in_chans, T].
         """
         x = self.stem(x)
         outputs = []
@@ -183,30 +207,49 @@ class Backbone(nn.Module):
         return outputs
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Class scores [B, num_classes] of images [B, in_chans, H, W]."""
+        """Class scores [B, num_classes] of images [B, in_chans, H, W] or signals [B, in_chans, T]."""
         x = self.stem(x)
         for stage in self.stages:
             x = stage(x)
         return self.head(x)
 
+    @property
+    def ablatable(self) -> tuple[str, ...]:
+        """Those of "skip", "mlp" and "positions" whose removal changes this network; an ablation of others is idle."""
+        blocks = [block for stage in self.stages for block in stage.children()]
+        there = {
+            "skip": any(getattr(block, "shortcut", None) is not None for block in blocks),
+            "mlp": any(getattr(block, "mlp", None) is not None for block in blocks),
+            "positions": any(getattr(part, "position_bias", False) for part in self.stages.modules()),
+        }
+        return tuple(name for name, changes in there.items() if changes)
+
 
 class Stem(nn.Module):
     """CoAtNet's S0: 3x3 convolution with stride 2, BN, GELU, 3x3 convolution.
 
-    Shape: [B, in_chans, H, W] -> [B, ceil(H / 2), ceil(W / 2), dim].
+    Shape: [B, in_chans, H, W] -> [B, ceil(H / 2), ceil(W / 2), dim]; with rank 1 [B, in_chans, T] ->
+    [B, ceil(T / 2), dim], by kernels of height 1.
     """
 
-    def __init__(self, in_chans: int, dim: int):
+    def __init__(self, in_chans: int, dim: int, rank: int = 2):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_chans, dim, 3, stride=2, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(dim, eps=1e-3, momentum=0.01)
+        self.rank = rank
+        kernel, padding = (3, 1) if rank == 2 else ((1, 3), (0, 1))
+        self.conv1 = nn.Conv2d(in_chans, dim, kernel, stride=2, padding=padding, bias=False)
+        self.norm1 = nn.BatchNorm2d(dim, eps=1e-3, momentum=0.1)
         self.act = nn.GELU()
-        self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(dim, dim, kernel, padding=padding, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.ndim != self.rank + 2:
+            needed = "signals [B, C, T]" if self.rank == 1 else "images [B, C, H, W]"
+            raise ValueError(f"x has shape {tuple(x.shape)}; this network takes {needed}: see img_size")
+        x = x[:, :, None] if self.rank == 1 else x
         # In channels_last memory the output is already laid out as tokens.
         x = x.contiguous(memory_format=torch.channels_last)
-        return self.conv2(self.act(self.norm1(self.conv1(x)))).movedim(1, -1)
+        x = self.conv2(self.act(self.norm1(self.conv1(x)))).movedim(1, -1)
+        return x[:, 0] if self.rank == 1 else x
 
 
 class Head(nn.Module):
@@ -221,14 +264,12 @@ class Head(nn.Module):
         return self.fc(self.norm(x.flatten(1, -2).mean(1)))
 
 
-def _block(
-    entry: str, dim: int, out_dim: int, stride: int, grid: tuple[int, ...], mlp_ratio: float, conv: dict[str, Any]
-) -> nn.Module:
-    """One block of a stage: MBConv for C, else a Block around the operator, built for its output grid."""
-    if entry == "C":
-        return MBConv(dim, out_dim, stride=stride, **conv)
+def _mixer(entry: str, dim: int, out_dim: int, grid: tuple[int, ...], positions: bool) -> tuple[nn.Module, int]:
+    """The operator of a Block, built for its output grid, and the width that it takes."""
     spec = LETTERS.get(entry, entry)
-    context = {"rank": len(grid), "grid_size": grid}
+    context: dict[str, Any] = {"rank": len(grid), "grid_size": grid}
+    if not positions:
+        context["position_bias"] = False
     mixer = build(spec, out_dim, out_dim=out_dim, **context)
     mixer_dim = out_dim
     widens = "out_dim" in inspect.signature(type(mixer)).parameters
@@ -237,4 +278,6 @@ def _block(
         mixer_dim = dim
     if getattr(mixer, "out_dim", out_dim) != out_dim or getattr(mixer, "stride", 1) != 1:
         raise ValueError(f"{entry}: a block's operator keeps width and grid; leave out_dim and stride to the stage")
-    return Block(dim, mixer, out_dim=out_dim, stride=stride, mixer_dim=mixer_dim, mlp_ratio=mlp_ratio)
+    if not positions and any(getattr(part, "position_bias", False) for part in mixer.modules()):
+        raise ValueError(f"{entry}: asks for a position bias, positions=False takes it away; leave one of them out")
+    return mixer, mixer_dim

@@ -67,6 +67,51 @@ class Shortcut(nn.Module):
         return self.expand(self.pool(x))
 
 
+class DropPath(nn.Module):
+    """Stochastic depth: in training a sample's branch is left out with probability `rate`, else divided by 1 - rate.
+
+    The mean over draws is the branch itself. In evaluation, and at rate 0, nothing changes. Has no state.
+
+    Shape: [B, ...] -> [B, ...]; one draw for each of the B samples.
+
+    Raises:
+        ValueError: A rate outside 0 <= rate < 1.
+
+    Source: Huang, Sun, Liu, Sedra, Weinberger, "Deep Networks with Stochastic Depth", ECCV 2016, arXiv 1603.09382,
+        equation 2. Differs from the paper: one draw a sample, not one a batch, and the scale is applied in training.
+    """
+
+    def __init__(self, rate: float):
+        super().__init__()
+        if not 0 <= rate < 1:
+            raise ValueError(f"drop_path is {rate}; it must be at least 0 and less than 1")
+        self.rate = rate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        kept = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1 - self.rate)
+        return x * (kept / (1 - self.rate))
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate}"
+
+
+class LayerScale(nn.Module):
+    """A learned factor for each channel of a branch, `gamma` [C], that starts small: [..., C] -> [..., C].
+
+    Source: Touvron, Cord, Sablayrolles, Synnaeve, Jegou, "Going Deeper with Image Transformers" (CaiT), ICCV 2021,
+        arXiv 2103.17239, equation 4.
+    """
+
+    def __init__(self, dim: int, init: float):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), float(init)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.gamma
+
+
 class Mlp(nn.Module):
     """Two linear maps with GELU between, on every token by itself: [..., C] -> [..., C].
 
@@ -98,8 +143,16 @@ class Block(nn.Module):
         mixer_dim: Width that the mixer takes: `dim` (it widens by itself) or `out_dim`. Default `dim`.
         mlp_ratio: Hidden width of the MLP over `out_dim`.
         pool: "max" (CoAtNet) or "avg" (timm's CoAtNet).
+        drop_path: Rate of `DropPath` in both branches.
+        layer_scale: Initial value of `LayerScale` in both branches; None: there is none.
+        skip: False leaves out both skip paths, the pooling and widening one too: Mixer(Norm(x)), then MLP(Norm(x)).
+            No branch is dropped then, since nothing would be left.
+        mlp: False leaves out the second half, with its norm.
 
     Shape: [B, *S, dim] -> [B, *ceil(S / stride), out_dim]; S = (T,) or (H, W).
+
+    Raises:
+        ValueError: A mixer_dim that is neither width; at run time, a mixer that changes the grid or the width.
 
     Source: Dai, Liu, Le, Tan, "CoAtNet: Marrying Convolution and Attention for All Data Sizes", NeurIPS 2021,
         arXiv 2106.04803, appendix A.1 (pre-norm transformer block, LN eps 1e-5, GELU).
@@ -115,6 +168,10 @@ class Block(nn.Module):
         mixer_dim: int | None = None,
         mlp_ratio: float = 4,
         pool: Literal["max", "avg"] = "max",
+        drop_path: float = 0,
+        layer_scale: float | None = None,
+        skip: bool = True,
+        mlp: bool = True,
     ):
         super().__init__()
         out_dim = dim if out_dim is None else out_dim
@@ -123,25 +180,32 @@ class Block(nn.Module):
             raise ValueError(f"mixer_dim is {mixer_dim}; it must be dim ({dim}) or out_dim ({out_dim})")
         self.out_dim = out_dim
         self.stride = stride
-        changes = stride != 1 or dim != out_dim
-        self.shortcut = Shortcut(dim, out_dim, stride, pool) if changes else nn.Identity()
+        self.shortcut = _shortcut(dim, out_dim, stride, pool) if skip else None
         self.norm1 = nn.LayerNorm(dim)
         self.pool = Pool(stride, pool) if stride != 1 else nn.Identity()
         self.expand = nn.Linear(dim, mixer_dim) if mixer_dim != dim else nn.Identity()
         self.mixer = mixer
-        self.norm2 = nn.LayerNorm(out_dim)
-        self.mlp = Mlp(out_dim, round(out_dim * mlp_ratio))
+        self.ls1 = _layer_scale(out_dim, layer_scale)
+        self.drop_path1 = _drop_path(drop_path, skip)
+        self.norm2 = nn.LayerNorm(out_dim) if mlp else None
+        self.mlp = Mlp(out_dim, round(out_dim * mlp_ratio)) if mlp else None
+        self.ls2 = _layer_scale(out_dim, layer_scale if mlp else None)
+        self.drop_path2 = _drop_path(drop_path, skip)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        skip = self.shortcut(x)
-        mixed = self.mixer(self.expand(self.pool(self.norm1(x))))
-        if mixed.shape != skip.shape:  # addition would broadcast a wrong grid of 1 x 1 in silence
+        skip = None if self.shortcut is None else self.shortcut(x)
+        inner = self.expand(self.pool(self.norm1(x)))
+        mixed = self.mixer(inner)
+        needed = (*inner.shape[:-1], self.out_dim)
+        if mixed.shape != needed:  # addition would broadcast a wrong grid of 1 x 1 in silence
             raise ValueError(
                 f"the mixer {type(self.mixer).__name__} gave {tuple(mixed.shape)} where the block needs "
-                f"{tuple(skip.shape)}; inside a block a mixer keeps the grid: give the stride to the block"
+                f"{needed}; inside a block a mixer keeps the grid: give the stride to the block"
             )
-        x = skip + mixed
-        return x + self.mlp(self.norm2(x))
+        x = _joined(skip, self.drop_path1(self.ls1(mixed)))
+        if self.mlp is None or self.norm2 is None:
+            return x
+        return _joined(None if skip is None else x, self.drop_path2(self.ls2(self.mlp(self.norm2(x)))))
 
 
 class SqueezeExcite(nn.Module):
@@ -179,11 +243,16 @@ class MBConv(nn.Module):
         stride_in: Which convolution strides: "expand" is the paper's (first 1x1, "it drops three of four
             tokens"), "depthwise" is timm's and the paper's table 9.
         pool: The shortcut's pooling, "max" (paper) or "avg" (timm).
+        drop_path: Rate of `DropPath` in the branch.
+        layer_scale: Initial value of `LayerScale` in the branch; None: there is none.
+        skip: False leaves out the skip path, the pooling and widening one too, and with it `drop_path`.
+        rank: 2 for images, 1 for sequences.
 
-    Shape: [B, H, W, dim] -> [B, ceil(H / stride), ceil(W / stride), out_dim].
+    Shape: [B, *S, dim] -> [B, *ceil(S / stride), out_dim]; S = (H, W), or (T,) with rank 1.
 
     Source: Dai, Liu, Le, Tan, "CoAtNet", NeurIPS 2021, arXiv 2106.04803, section 2 and appendix A.1; the authors'
-        operator code in google-research/maxvit. BN eps 1e-3 and momentum 0.99 there, 0.01 in PyTorch's sense.
+        operator code in google-research/maxvit. BN eps 1e-3 as there; its momentum, 0.99 there (0.01 in
+        PyTorch's sense), is 0.1 here: in a run of a hundred steps the statistics would be those of the first weights.
     """
 
     def __init__(
@@ -197,6 +266,10 @@ class MBConv(nn.Module):
         kernel_size: int = 3,
         stride_in: Literal["expand", "depthwise"] = "expand",
         pool: Literal["max", "avg"] = "max",
+        drop_path: float = 0,
+        layer_scale: float | None = None,
+        skip: bool = True,
+        rank: int = 2,
     ):
         super().__init__()
         out_dim = dim if out_dim is None else out_dim
@@ -208,26 +281,59 @@ class MBConv(nn.Module):
         first, second = (stride, 1) if stride_in == "expand" else (1, stride)
         self.out_dim = out_dim
         self.stride = stride
-        changes = stride != 1 or dim != out_dim
-        self.shortcut = Shortcut(dim, out_dim, stride, pool) if changes else nn.Identity()
+        self.rank = rank
+        self.shortcut = _shortcut(dim, out_dim, stride, pool) if skip else None
         self.pre_norm = _batch_norm(dim)
         self.conv1_1x1 = nn.Conv2d(dim, inner, 1, stride=first, bias=False)
         self.norm1 = _batch_norm(inner)
         # A token mixer of ours, so that `inspect` shows what a convolution block reads.
-        self.conv2_kxk = build("DepthwiseConv", inner, kernel_size=kernel_size, stride=second, bias=False, rank=2)
+        self.conv2_kxk = build("DepthwiseConv", inner, kernel_size=kernel_size, stride=second, bias=False, rank=rank)
         self.norm2 = _batch_norm(inner)
         self.se = SqueezeExcite(inner, max(1, int(out_dim * se_ratio)))
         self.conv3_1x1 = nn.Conv2d(inner, out_dim, 1)
+        self.ls = _layer_scale(out_dim, layer_scale)
+        self.drop_path = _drop_path(drop_path, skip)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        skip = self.shortcut(x)
-        x = self.pre_norm(x.movedim(-1, 1))  # a channels_last view, which cuDNN and oneDNN take as it is
+        if x.ndim != self.rank + 2:
+            raise ValueError(f"MBConv: x has shape {tuple(x.shape)}; a block of rank {self.rank} takes [B, *S, C]")
+        skip = None if self.shortcut is None else self.shortcut(x)
+        x = self.pre_norm(_planes(x))
         x = F.gelu(self.norm1(self.conv1_1x1(x)))
-        x = self.conv2_kxk(x.movedim(1, -1)).movedim(-1, 1)
+        x = _planes(self.conv2_kxk(_tokens(x, self.rank)))
         x = F.gelu(self.norm2(x))
         x = self.conv3_1x1(self.se(x))
-        return skip + x.movedim(1, -1)
+        return _joined(skip, self.drop_path(self.ls(_tokens(x, self.rank))))
+
+
+def _planes(x: torch.Tensor) -> torch.Tensor:
+    """[B, *S, C] -> [B, C, H, W], H = 1 for sequences: a channels_last view, which cuDNN and oneDNN take as it is."""
+    return (x[:, None] if x.ndim == 3 else x).movedim(-1, 1)
+
+
+def _tokens(x: torch.Tensor, rank: int) -> torch.Tensor:
+    """[B, C, H, W] -> [B, *S, C], a view."""
+    x = x.movedim(1, -1)
+    return x[:, 0] if rank == 1 else x
+
+
+def _joined(skip: torch.Tensor | None, branch: torch.Tensor) -> torch.Tensor:
+    return branch if skip is None else skip + branch
+
+
+def _shortcut(dim: int, out_dim: int, stride: int, pool: Literal["max", "avg"]) -> nn.Module:
+    return Shortcut(dim, out_dim, stride, pool) if stride != 1 or dim != out_dim else nn.Identity()
+
+
+def _layer_scale(dim: int, init: float | None) -> nn.Module:
+    return nn.Identity() if init is None else LayerScale(dim, init)
+
+
+def _drop_path(rate: float, skip: bool) -> nn.Module:
+    """Without a skip path nothing would be left of a sample whose branch is dropped."""
+    drop = DropPath(rate)
+    return drop if skip and rate > 0 else nn.Identity()
 
 
 def _batch_norm(dim: int) -> nn.BatchNorm2d:
-    return nn.BatchNorm2d(dim, eps=1e-3, momentum=0.01)
+    return nn.BatchNorm2d(dim, eps=1e-3, momentum=0.1)

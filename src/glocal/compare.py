@@ -1,51 +1,41 @@
-"""Comparison: several layouts on the same data, several seeds each, one table.
+"""Comparison: several networks on the same data, several seeds each, one answer.
 
-Every finished run is kept in OUT/runs under a name made of its configuration, data and code, so that an interrupted
-comparison continues, a repeated one is instant, and more seeds or layouts extend it.
+Every run lives in OUT/runs under a name made of its configuration, data and code, so that an interrupted comparison
+continues, a repeated one is instant, and more seeds or candidates extend it.
 """
 
 import dataclasses
 import hashlib
 import json
-import os
+import math
 import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import glocal
-from glocal.backbone import default_dims, parse_layout
-from glocal.config import CompareConfig, ModelConfig, RunConfig, TrainConfig
+from glocal.candidates import Networks, entries
+from glocal.checkpoint import CheckpointError, load_weights, write_text
+from glocal.config import CompareConfig, RunConfig, to_plain
 from glocal.data import PROBES, ImageData, load
-from glocal.report import compare_report
-from glocal.running import Progress, run_all
-from glocal.training import build_model
+from glocal.data.splits import fold
+from glocal.plan import TUNED, Cell, Plan, Planned, recipe
+from glocal.report import compare_report, results_csv, results_latex
+from glocal.running import Job, Progress, run_all
+from glocal.summary import Condition, Outcome, Row, device_name, summarise
+from glocal.training import RunResult, finished, identity
 
-# Files of the package that cannot change what a run computes.
-_NOT_IN_RUNS = {"cli.py", "__main__.py", "compare.py", "running.py", "config.py", "report"}
-
-
-def recipe(data: ImageData, epochs: int | None) -> TrainConfig:
-    """The recipe that all candidates share, by the kind of data.
-
-    Probes are generated and need no augmentation. Real images are shifted by up to a sixteenth of their side at
-    random; those of folders are mirrored too, those of idx files are not, because most such sets hold characters.
-    """
-    if data.kind == "probe":
-        return TrainConfig(epochs=5 if epochs is None else epochs, batch_size=32, lr=1e-3)
-    return TrainConfig(
-        epochs=3 if epochs is None else epochs,
-        crop_padding=max(1, min(data.img_size) // 16),
-        flip=data.kind == "folder",
-    )
-
-
-def network(layout: str, data: ImageData) -> ModelConfig:
-    """The network of a layout: of the default width for real images, half as wide for a probe, which asks less."""
-    dims = default_dims(len(parse_layout(layout)))
-    return ModelConfig(layout, tuple(dim // 2 for dim in dims) if data.kind == "probe" else dims)
+# What of the package cannot change what a run computes.
+NOT_IN_RUNS = {
+    *("cli.py", "__main__.py", "compare.py", "plan.py", "candidates.py", "budget.py", "cost.py", "running.py"),
+    *("config.py", "statistics.py", "summary.py", "report", "check.py", "inference.py", "contract.py", "evidence.py"),
+}
+EMBEDDED = (*PROBES, "digits")
+SECONDS_BETWEEN_REPORTS = 20
 
 
 def check(config: CompareConfig) -> None:
@@ -54,51 +44,50 @@ def check(config: CompareConfig) -> None:
     Raises:
         ValueError: A number or a layout makes no sense, or the folder for results is none, or lies in the data.
     """
-    for name in ("seeds", "epochs"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name}: {value}; it must be at least 1")
-    if not config.layouts:
-        raise ValueError("--layouts: none given; name at least one, such as C-C-T-T")
-    twice = [layout for i, layout in enumerate(config.layouts) if layout in config.layouts[:i]]
-    if twice:
-        raise ValueError(f"--layouts: {twice[0]!r} is named twice; name every layout once")
-    for layout in config.layouts:
-        parse_layout(layout)
+    if config.folds < 0 or config.folds == 1:
+        raise ValueError(f"--folds: {config.folds}; it must be at least 2, or 0 for one split")
+    for name, values, largest in (("data-fractions", config.data_fractions, 1), ("widths", config.widths, math.inf)):
+        for value in values:
+            if not 0 < value <= largest:
+                raise ValueError(
+                    f"--{name}: {value:g}; it must be above 0" + (" and at most 1" if largest == 1 else "")
+                )
+    for name in ("data", "seeds", "layouts", "mixers", "models", "widths", "data_fractions", "ablate"):
+        values = getattr(config, name)
+        twice = next((value for i, value in enumerate(values) if value in values[:i]), None)
+        if twice is not None and name != "seeds":
+            raise ValueError(f"--{name.replace('_', '-')}: {twice!r} is named twice; name it once")
+        if not values and name in ("data", "seeds", "widths", "data_fractions"):
+            raise ValueError(f"--{name.replace('_', '-')}: none given")
+    for name, values in (("seeds", config.seeds), ("epochs", () if config.epochs is None else (config.epochs,))):
+        for value in values:
+            if value < 1:
+                raise ValueError(f"--{name}: {value}; it must be at least 1")
+    if len(config.seeds) not in (1, len(config.data_fractions)):
+        raise ValueError(
+            f"--seeds: {len(config.seeds)} numbers for {len(config.data_fractions)} data fractions; give one for all, "
+            "or one for each"
+        )
+    entries(config)
     out = config.out
     blocked = next((path for path in (out, *out.parents) if path.exists() and not path.is_dir()), None)
     if blocked is not None:
         raise ValueError(f"--out: {str(blocked)!r} is a file; name a folder")
-    if config.data not in PROBES and out.resolve().is_relative_to(Path(config.data).resolve()):
-        # It would be taken for a class of images the next time.
-        raise ValueError(f"--out: {str(out)!r} lies inside the data folder; name one elsewhere")
-
-
-def plan(config: CompareConfig, data: ImageData) -> list[RunConfig]:
-    """Every run of a comparison: all layouts with the first seed, then with the second, and so on.
-
-    Raises:
-        ValueError: A layout cannot be built or run for this data.
-    """
-    for layout in config.layouts:  # an error must come now, not in the middle: build it and run it once
-        with torch.random.fork_rng(), torch.inference_mode():
-            build_model(network(layout, data), data).eval()(torch.zeros(1, data.in_chans, *data.img_size))
-    return [
-        RunConfig(config.data, network(layout, data), recipe(data, config.epochs), seed)
-        for seed in range(config.seeds)
-        for layout in config.layouts
-    ]
+    for source in (*config.data, *([config.then] if config.then else [])):
+        if source not in EMBEDDED and out.resolve().is_relative_to(Path(source).resolve()):
+            # It would be taken for a class of images the next time.
+            raise ValueError(f"--out: {str(out)!r} lies inside the data folder; name one elsewhere")
 
 
 def prepare_folder(out: Path) -> None:
     """Makes `out` and its `runs`, and refuses what could not be written to, before hours are spent.
 
     Raises:
-        ValueError: `out` cannot be written to, or holds a results.json that is not ours.
+        ValueError: `out` cannot be written to, or holds something else.
     """
     try:
         (out / "runs").mkdir(parents=True, exist_ok=True)
-        _write(out / "runs" / ".probe", "")
+        write_text(out / "runs" / ".probe", "")
         (out / "runs" / ".probe").unlink()
     except OSError as error:
         raise ValueError(
@@ -107,156 +96,209 @@ def prepare_folder(out: Path) -> None:
     existing = out / "results.json"
     if existing.exists() and not isinstance(_read(existing).get("candidates"), list):
         raise ValueError(f"--out: {str(existing)!r} is not a result of glocal compare; name another folder")
+    if (out / "config.yaml").exists():
+        raise ValueError(f"--out: {str(out)!r} holds a run of glocal train; name another folder")
 
 
 def compare(config: CompareConfig, *, workers: int | None = None, quiet: bool = False) -> dict[str, Any]:
-    """Trains every layout with every seed and writes `report.html` and `results.json` after each finished run.
+    """Trains every candidate with every seed and writes report.html, results.json, results.csv and results.tex.
 
     Args:
-        config: Data, layouts, seeds, epochs and folder.
+        config: What to compare, on what, and where to keep it.
         workers: Runs side by side; by default one for every core (on a GPU, one).
         quiet: Whether to show no progress.
 
     Returns:
-        What `results.json` holds. Every candidate has: `name` (the layout), `data`, `test_accuracy` {`mean`,
-        `per_seed`} in percent after the last epoch, `train_loss` likewise, `seeds`, `params`,
-        `images_per_second` (training images, mean over runs), `seconds_per_epoch` (training and test, mean),
-        `curves` [{`seed`, `train_loss`, `test_accuracy`}, each a list over epochs].
+        What results.json holds; docs/results-json.md says what that is.
 
     Raises:
         ValueError: Something in `config` cannot be used; nothing was trained.
         RunFailed: A run could not be finished; what is finished is kept.
-        KeyboardInterrupt: Ctrl-C; what is finished is kept.
+        OSError: A file could not be written; likewise.
+        KeyboardInterrupt: Ctrl-C; likewise.
     """
     check(config)
-    data = load(config.data)
-    runs = plan(config, data)
+    sources = dict.fromkeys([*config.data, *([config.then] if config.then else [])])
+    study = Study(config, {source: load(source) for source in sources})
     prepare_folder(config.out)
-    keys = run_keys(runs, data)
-    finished = {i: result for i, key in enumerate(keys) if (result := _finished(config.out, key)) is not None}
-    results = _publish(config, data, runs, finished)
-    todo = [i for i in range(len(runs)) if i not in finished]
-    with Progress([_label(run) for run in runs], done=finished, quiet=quiet) as progress:
-        for i, result in run_all({i: runs[i] for i in todo}, data, progress, workers):
-            finished[i] = result
-            content = {"config": dataclasses.asdict(runs[i]), "result": result}
-            _write(_run_file(config.out, keys[i]), json.dumps(content, indent=1))
-            results = _publish(config, data, runs, finished)
-    return results
+    study.networks.keep()
+    return study.run(workers, quiet)
 
 
-def run_keys(runs: Sequence[RunConfig], data: ImageData) -> list[str]:
-    """One name per run, the same exactly when a repetition would give the same result.
+class Study:
+    """A comparison: what there is to do, what is done, and what it says.
 
-    It covers the configuration, the images themselves, the package's code, a user's file that the layout names,
-    PyTorch's version and the kind of device.
+    Args:
+        config: What to compare.
+        data: Images of every source.
+
+    Raises:
+        ValueError: A candidate cannot be built for the data.
     """
+
+    def __init__(self, config: CompareConfig, data: dict[str, ImageData]):
+        self.config, self.data = config, data
+        self.environment = _environment(NOT_IN_RUNS)
+        self.networks = Networks(config.out / "networks.json", _environment(set()).hexdigest())
+        self.plan = Plan(config, data, self.networks)
+        self.identities = {source: identity(images) for source, images in data.items()}
+        self.lr: dict[Cell, float] = {}  # what to multiply the recipe's with, chosen on validation images
+        self._results: dict[Planned, RunResult] = {}
+
+    def run(self, workers: int | None, quiet: bool) -> dict[str, Any]:
+        """Does what is not done, and writes what is known again and again."""
+        planned = [run for phase in self.plan.phases for run in phase]
+        costs = [run.cell.network.macs * self._images(run) * run.cell.recipe.epochs for run in planned]
+        results, published = self.publish(), time.monotonic()
+        try:
+            with Progress([run.label for run in planned], costs, quiet=quiet) as progress:
+                first = 0
+                for phase in self.plan.phases:
+                    jobs = {}
+                    for i, run in enumerate(phase, first):
+                        if self.result(run) is None:
+                            jobs[i] = Job(run.label, self.config_of(run), self.folder(run))
+                        else:
+                            progress.skip(i)
+                    first += len(phase)
+                    for _ in run_all(jobs, self.data, progress, workers):
+                        if time.monotonic() - published > SECONDS_BETWEEN_REPORTS:
+                            results, published = self.publish(), time.monotonic()
+                    self._choose(phase)
+        finally:
+            results = self.publish()
+        return results
+
+    # What a run is
+
+    def _images(self, run: Planned) -> float:
+        return len(self.data[run.cell.condition.data].train_labels) * run.cell.condition.fraction
+
+    def config_of(self, run: Planned) -> RunConfig:
+        """The configuration of a run, once all that it depends on is done."""
+        cell = run.cell
+        factor = self.lr.get(cell, 1.0) if run.lr_factor is None else run.lr_factor
+        return RunConfig(
+            data=dataclasses.replace(cell.data, fold=run.fold, validation=run.lr_factor is not None),
+            model=cell.network.config,
+            train=dataclasses.replace(cell.recipe, lr=cell.recipe.lr * factor),
+            seed=run.seed,
+            weights=None if cell.parent is None else str(self.folder(self._parent(run)) / "weights.safetensors"),
+        )
+
+    def _parent(self, run: Planned) -> Planned:
+        assert run.cell.parent is not None
+        return Planned(run.cell.parent, run.seed, run.fold)
+
+    def folder(self, run: Planned) -> Path:
+        """Where a run lives. Its name is the same exactly when a repetition would give the same result.
+
+        It covers the configuration, the images themselves, the package's code, a user's file that the network names,
+        PyTorch's version, the device, and the run whose weights it starts from.
+        """
+        key = self.environment.copy()
+        described = to_plain(self.config_of(run))
+        del described["data"]["source"], described["weights"]  # where they lie does not count, what they are does
+        key.update(json.dumps(described, sort_keys=True).encode())
+        key.update(self.identities[run.cell.condition.data].encode())
+        for file in re.findall(r"[^'\"(]+?\.py(?=:)", run.cell.network.config.name):
+            key.update(Path(file.removeprefix("-")).read_bytes() if Path(file).is_file() else file.encode())
+        if run.cell.parent is not None:
+            key.update(self.folder(self._parent(run)).name.encode())
+        return self.config.out / "runs" / key.hexdigest()[:16]
+
+    # What is done, and what it says
+
+    def result(self, run: Planned) -> RunResult | None:
+        """The result of a run, if it is finished."""
+        if run not in self._results:
+            images = self.identities[run.cell.condition.data]
+            try:
+                found = finished(self.folder(run), self.config_of(run), images)
+            except CheckpointError:  # somebody changed its configuration by hand
+                found = None
+            if found is None:
+                return None
+            self._results[run] = found
+        return self._results[run]
+
+    def _choose(self, phase: Sequence[Planned]) -> None:
+        """Takes for every cell the learning rate with the best validation accuracy; of equals the recipe's own."""
+        tried: dict[Cell, list[tuple[float, float, float]]] = {}
+        for run in phase:
+            if run.lr_factor is not None and (result := self.result(run)) is not None:
+                score = (result.epochs[-1].test_accuracy, -abs(math.log(run.lr_factor)), run.lr_factor)
+                tried.setdefault(run.cell, []).append(score)
+        self.lr |= {cell: max(scores)[-1] for cell, scores in tried.items() if len(scores) == len(TUNED)}
+
+    def publish(self) -> dict[str, Any]:
+        """Writes what is known so far, and returns what results.json holds."""
+        for phase in self.plan.phases:
+            self._choose(phase)
+        final = [run for phase in self.plan.phases for run in phase if run.lr_factor is None]
+        done = sum(self.result(run) is not None for phase in self.plan.phases for run in phase)
+        outcomes: dict[Cell, list[Outcome]] = {}
+        for cell in self.plan.cells:
+            for seed in range(cell.seeds):
+                own = [run for run in final if run.cell == cell and run.seed == seed]
+                if (outcome := self._outcome(own)) is not None:
+                    outcomes.setdefault(cell, []).append(outcome)
+        rows = [
+            Row(
+                cell.name,
+                cell.condition,
+                cell.without,
+                cell.network.config,
+                cell.network.macs,
+                cell.network.resized,
+                cell.recipe.lr * self.lr.get(cell, 1.0),
+                tuple(outcomes.get(cell, ())),
+            )
+            for cell in self.plan.cells
+        ]
+        results = summarise(
+            rows,
+            self.data,
+            self._test_images,
+            {source: to_plain(recipe(images, self.config.epochs)) for source, images in self.data.items()},
+            {"of": self.config.budget, "targets": self.plan.targets},
+            {"finished": done, "planned": sum(map(len, self.plan.phases))},
+        )
+        out = self.config.out
+        write_text(out / "results.json", json.dumps(results, indent=1))
+        write_text(out / "results.csv", results_csv(results))
+        write_text(out / "results.tex", results_latex(results))
+        write_text(out / "report.html", compare_report(results))
+        return results
+
+    def _outcome(self, runs: Sequence[Planned]) -> Outcome | None:
+        """One seed of a cell, from the runs of all its folds."""
+        results = [result for run in runs if (result := self.result(run)) is not None]
+        if len(results) < len(runs):
+            return None
+        found = [load_weights(self.folder(run) / "predictions.safetensors") for run in runs]
+        predicted, labels, losses = (
+            np.concatenate([predictions[name].numpy() for predictions in found])
+            for name in ("predicted", "label", "loss")
+        )
+        return Outcome(runs[0].seed, tuple(results), predicted, labels, losses)
+
+    def _test_images(self, condition: Condition) -> torch.Tensor:
+        images = self.data[condition.data]
+        if not self.config.folds:
+            return images.test_images
+        return torch.cat([fold(images, k, self.config.folds).test_images for k in range(self.config.folds)])
+
+
+def _environment(without: set[str]) -> Any:
+    """The hash of what results depend on: the package's code but for some files, PyTorch and the device."""
     content = hashlib.sha256()
-    for tensor in (data.train_images, data.train_labels, data.test_images, data.test_labels):
-        content.update(repr(tuple(tensor.shape)).encode() + tensor.contiguous().numpy().tobytes())
     package = Path(glocal.__file__).parent
     for path in sorted(package.rglob("*.py")):
-        if path.relative_to(package).parts[0] not in _NOT_IN_RUNS:
+        if not without & set(path.relative_to(package).parts):
             content.update(path.read_bytes())
-    content.update(f"{torch.__version__} {torch.cuda.is_available()}".encode())
-    keys = []
-    for run in runs:
-        key = content.copy()
-        described = dataclasses.asdict(run)
-        del described["data"]  # the images count, not where they lie
-        key.update(json.dumps(described, sort_keys=True).encode())
-        for file in re.findall(r"[^'\"(]+?\.py(?=:)", run.model.layout):
-            key.update(Path(file.removeprefix("-")).read_bytes() if Path(file).is_file() else file.encode())
-        keys.append(key.hexdigest()[:16])
-    return keys
-
-
-def summarise(
-    config: CompareConfig, data: ImageData, runs: Sequence[RunConfig], finished: dict[int, dict[str, Any]]
-) -> dict[str, Any]:
-    """What `results.json` holds, from the runs finished so far; a layout without any is left out."""
-    candidates = []
-    for layout in config.layouts:
-        own = [(runs[i].seed, finished[i]) for i in sorted(finished) if runs[i].model.layout == layout]
-        if not own:
-            continue
-        epochs = [epoch for _, result in own for epoch in result["epochs"]]
-        candidates.append(
-            {
-                "name": layout,
-                "data": config.data,
-                "seeds": [seed for seed, _ in own],
-                "test_accuracy": _over_seeds([result["epochs"][-1]["test_accuracy"] for _, result in own]),
-                "train_loss": _over_seeds([result["epochs"][-1]["train_loss"] for _, result in own]),
-                "params": own[0][1]["params"],
-                "images_per_second": _mean([epoch["images_per_second"] for epoch in epochs]),
-                "seconds_per_epoch": _mean([epoch["seconds"] for epoch in epochs]),
-                "curves": [
-                    {
-                        "seed": seed,
-                        "train_loss": [epoch["train_loss"] for epoch in result["epochs"]],
-                        "test_accuracy": [epoch["test_accuracy"] for epoch in result["epochs"]],
-                    }
-                    for seed, result in own
-                ],
-            }
-        )
-    return {
-        "glocal": glocal.__version__,
-        "torch": torch.__version__,
-        "device": device_name(),
-        "data": {
-            "name": config.data,
-            "train_images": len(data.train_labels),
-            "test_images": len(data.test_labels),
-            "classes": list(data.classes),
-            "img_size": list(data.img_size),
-            "in_chans": data.in_chans,
-            "note": data.note,
-        },
-        "recipe": dataclasses.asdict(runs[0].train),
-        "runs": {"finished": len(finished), "planned": len(runs)},
-        "candidates": candidates,
-    }
-
-
-def device_name() -> str:
-    """What runs are trained on, in words."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return "CPU, one thread a run"
-
-
-def _publish(
-    config: CompareConfig, data: ImageData, runs: Sequence[RunConfig], finished: dict[int, dict[str, Any]]
-) -> dict[str, Any]:
-    results = summarise(config, data, runs, finished)
-    _write(config.out / "results.json", json.dumps(results, indent=1))
-    _write(config.out / "report.html", compare_report(results))
-    return results
-
-
-def _label(run: RunConfig) -> str:
-    return f"{run.model.layout} seed {run.seed}"
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _over_seeds(values: list[float]) -> dict[str, Any]:
-    return {"mean": _mean(values), "per_seed": values}
-
-
-def _run_file(out: Path, key: str) -> Path:
-    return out / "runs" / f"{key}.json"
-
-
-def _finished(out: Path, key: str) -> dict[str, Any] | None:
-    """The result kept under a run's key; None if there is none or the file is damaged."""
-    result = _read(_run_file(out, key)).get("result")
-    complete = isinstance(result, dict) and {"epochs", "params"} <= result.keys() and result["epochs"]
-    return result if complete else None
+    content.update(f"{torch.__version__} {device_name()}".encode())
+    return content
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -266,13 +308,3 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes a file whole or not at all: to a temporary name beside it, then renamed."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

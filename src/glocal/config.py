@@ -1,86 +1,380 @@
-"""What a run is made of, as plain data: what the command line fills in, what results keep, what decides whether a
-finished run may be used again."""
+"""What a run is made of, as plain data: what the command line fills in, what a run's folder keeps as config.yaml, what
+decides whether a finished run may be used again."""
 
+import dataclasses
+import difflib
+import math
+import re
+import types
+import typing
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+Precision = Literal["no", "bf16", "fp16"]
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+
+
+def _hold(config: Any, names: Sequence[str], holds: Callable[[Any], bool], words: str) -> None:
+    """Refuses what makes no sense, wherever it comes from: the command line, a file or a program."""
+    for name in names:
+        if not holds(value := getattr(config, name)):
+            raise ValueError(f"{name}: {value}; it must be {words}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Images, and which of them are used for what."""
+
+    source: Annotated[str, tyro.conf.arg(name="data")] = "recall"
+    """A probe (`recall`, `texture`), `digits`, or a folder: MNIST-like idx files, or class folders of images with or
+    without `train` and `test` above them."""
+
+    fraction: float = 1.0
+    """Share of the training images to train on, the same of every class."""
+
+    folds: int = 0
+    """Parts for cross-validation over all images; 0 keeps the split that the data brings."""
+
+    fold: int = 0
+    """Which of these parts is the test."""
+
+    validation: bool = False
+    """Test on validation images instead: the data's own, or a tenth of the training images."""
+
+    in_chans: int | None = None
+    """Channels of an image, if not the data's own: 3 repeats grey."""
+
+    img_size: tuple[int, int] | None = None
+    """Height and width to resize to, if not the data's own."""
+
+    def __post_init__(self) -> None:
+        _hold(self, ("fraction",), lambda share: 0 < share <= 1, "above 0 and at most 1")
+        _hold(self, ("folds",), lambda folds: folds == 0 or folds >= 2, "at least 2, or 0 for one split")
+        _hold(self, ("fold",), lambda fold: 0 <= fold < max(1, self.folds), "0 or more and below the number of folds")
+        _hold(self, ("in_chans",), lambda chans: chans in (None, 1, 3), "1 (grey) or 3 (colour)")
+        _hold(self, ("img_size",), lambda size: size is None or min(size) >= 1, "two whole numbers, 1 or more")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A network.
-
-    Args:
-        layout: One entry a stage, joined by "-": C (MBConv), T (attention) or an operator's spec.
-        dims: Width of every stage; None chooses by the number of stages.
-        depths: Blocks in every stage; None chooses by the number of stages.
-    """
+    """A network."""
 
     layout: str = "C-C-T-T"
+    """One entry a stage: C (convolution, MBConv), T (attention over the whole image), or an operator such as
+    'NeighborhoodAttention(kernel_size=5)'."""
+
+    model: str | None = None
+    """A whole network instead of a layout: 'timm:NAME' or 'path/to/file.py:Class(...)'."""
+
     dims: tuple[int, ...] | None = None
+    """Width of every stage."""
+
     depths: tuple[int, ...] | None = None
+    """Blocks in every stage."""
+
+    mlp_ratio: float = 4
+    """Hidden width over width, in the MLPs and in MBConv."""
+
+    drop_path: float = 0
+    """Probability that the last block is skipped for an image in training; rises from 0 over the blocks."""
+
+    layer_scale: float | None = None
+    """First value of a learned scale on every branch; none by default."""
+
+    skip: bool = True
+    """Whether blocks have their skip path."""
+
+    mlp: bool = True
+    """Whether blocks around an operator have their MLP."""
+
+    positions: bool = True
+    """Whether operators know relative positions."""
+
+    def __post_init__(self) -> None:
+        if self.model is not None:
+            own = (f for f in dataclasses.fields(self) if f.name != "model")
+            for unused in (f.name for f in own if getattr(self, f.name) != f.default):
+                raise ValueError(f"{unused}: {self.model!r} is a whole network, which has none; leave it out")
+        _hold(self, ("mlp_ratio",), lambda ratio: 0 < ratio < math.inf, "above 0")
+        _hold(self, ("drop_path",), lambda share: 0 <= share < 1, "0 or more and below 1")
+        _hold(self, ("dims", "depths"), lambda sizes: sizes is None or min(sizes, default=0) >= 1, "1 or more each")
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        return self.model or self.layout
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A recipe.
-
-    Args:
-        epochs: Passes over the training images.
-        batch_size: Images a step.
-        lr: Peak learning rate of AdamW, reached after the warm-up.
-        weight_decay: On parameters with two axes or more; the others have none.
-        warmup: Share of all steps in which the learning rate rises from 0; it falls along a cosine after that.
-        label_smoothing: Probability mass moved from the right class to all of them.
-        max_grad_norm: Gradients longer than this are shortened to it.
-        crop_padding: Largest random shift of a training image, in pixels; 0 for none.
-        flip: Whether training images are mirrored at random.
-    """
+    """A recipe."""
 
     epochs: int = 3
+    """Passes over the training images."""
+
     batch_size: int = 64
+    """Images a step."""
+
     lr: float = 2e-3
+    """Peak learning rate of AdamW, reached after the warm-up."""
+
     weight_decay: float = 0.05
+    """On parameters with two axes or more; the others have none."""
+
     warmup: float = 0.1
+    """Share of all steps in which the learning rate rises from 0; it falls along a cosine after that."""
+
     label_smoothing: float = 0.1
+    """Probability mass moved from the right class to all of them."""
+
     max_grad_norm: float = 1.0
+    """Gradients longer than this are shortened to it."""
+
     crop_padding: int = 0
+    """Largest random shift of a training image, in pixels."""
+
     flip: bool = False
+    """Whether training images are mirrored at random."""
+
+    randaugment: int = 0
+    """RandAugment's operations on every training image; 0 for none."""
+
+    mixup: float = 0
+    """Alpha of mixup; 0 for none. With cutmix, every batch has one of the two."""
+
+    cutmix: float = 0
+    """Alpha of cutmix; 0 for none."""
+
+    class_balanced: bool = False
+    """Whether every class counts the same in the loss, however many images it has."""
+
+    ema: float = 0
+    """Decay of an average of the weights, which is then tested and kept; 0 for none."""
+
+    precision: Precision = "no"
+    """Mixed precision: no (float32), bf16, or fp16 (on a GPU)."""
+
+    def __post_init__(self) -> None:
+        _hold(self, ("epochs", "batch_size"), lambda count: count >= 1, "at least 1")
+        _hold(self, ("lr", "max_grad_norm"), lambda value: 0 < value < math.inf, "above 0")
+        not_negative = ("weight_decay", "crop_padding", "randaugment", "mixup", "cutmix")
+        _hold(self, not_negative, lambda value: 0 <= value < math.inf, "0 or more")
+        _hold(self, ("warmup",), lambda share: 0 <= share <= 1, "from 0 to 1")
+        _hold(self, ("label_smoothing", "ema"), lambda share: 0 <= share < 1, "0 or more and below 1")
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One training run: the same configuration on the same machine and versions gives the same result.
+    """Trains one network: the same configuration on the same machine and versions gives the same weights."""
 
-    Args:
-        data: A probe's name or a folder, as the user gave it.
-        model: The network.
-        train: The recipe.
-        seed: Of the initial weights, the order of images and the augmentation.
-    """
-
-    data: str = "recall"
+    data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
     seed: int = 0
+    """Of the initial weights, the order of images and the augmentation."""
+
+    weights: str | None = None
+    """A file of weights to start from; a head of another size is made anew."""
+
+    def __post_init__(self) -> None:
+        _hold(self, ("seed",), lambda seed: 0 <= seed < 2**63, "0 or more and below 2**63")
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """Trains one network and keeps all of it in a folder."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+
+    config: Path | None = None
+    """A YAML file with any of these options, such as the config.yaml of another run; what stands on the command line
+    counts more."""
+
+    out: Path = Path("glocal-run")
+    """Folder for the run: config.yaml, metrics.jsonl, TensorBoard's files, checkpoints, weights.safetensors."""
+
+    resume: bool = False
+    """Go on with the run in this folder, exactly as if it had not been interrupted."""
+
+
+@dataclass(frozen=True)
+class EvaluateCommand:
+    """Tests a trained network."""
+
+    run: tyro.conf.Positional[Path]
+    """The folder of a run, or its weights.safetensors."""
+
+    data: str | None = None
+    """Images to test on: their test split. By default what the run was trained on."""
+
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True)
+class PredictCommand:
+    """Says what a trained network sees in images."""
+
+    run: tyro.conf.Positional[Path]
+    """The folder of a run, or its weights.safetensors."""
+
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    """Image files, or folders of them."""
+
+    json: bool = False
+    """Print JSON, with the probability of every class."""
+
+
+@dataclass(frozen=True)
+class CheckDataCommand:
+    """Says what a data set holds, and what is wrong with it."""
+
+    data: tyro.conf.Positional[str]
+    """A probe, `digits`, or a folder."""
+
+    json: bool = False
+    """Print JSON."""
 
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """Trains several layouts on the same data, several times each, and says how they compare."""
+    """Trains several networks on the same data, several times each, and says how they compare."""
 
-    data: str = "recall"
-    """The probe `recall` (generated), or a folder: MNIST-like idx files, or class folders of images with or
-    without `train` and `test` above them."""
+    data: tuple[str, ...] = ("recall", "texture")
+    """What to train on: the probes `recall` and `texture` (generated), `digits`, or folders: MNIST-like idx files, or
+    class folders of images with or without `train` and `test` above them."""
 
-    layouts: tuple[str, ...] = ("C-C-C-C", "C-C-T-T", "T-T-T-T")
+    layouts: tuple[str, ...] = ()
     """Networks to compare. One entry a stage: C (convolution, MBConv), T (attention over the whole image), or an
-    operator such as 'NeighborhoodAttention(kernel_size=5)'."""
+    operator such as 'NeighborhoodAttention(kernel_size=5)'. By default C-C-C-C to T-T-T-T."""
 
-    seeds: int = 3
-    """How often to train each layout: with the seeds 0, 1, ..."""
+    mixers: tuple[str, ...] = ()
+    """Operators to compare: each in turn stands for T in the layouts (in C-C-T-T, if none are named)."""
+
+    models: tuple[str, ...] = ()
+    """Whole networks beside them: 'timm:NAME', or 'path/to/file.py:Class(...)', built with num_classes, in_chans and
+    img_size as far as it takes them. They keep their size."""
+
+    seeds: tuple[int, ...] = (3,)
+    """How often to train each: with the seeds 0, 1, ...; one number, or one for each of the data fractions."""
 
     epochs: int | None = None
-    """Passes over the training images; by default as many as the probe needs, and 3 for a folder."""
+    """Passes over the training images; by default as many as a probe needs, 6 for images, 20 for digits. With a share
+    f of the images, 1 / sqrt(f) times as many."""
+
+    budget: Literal["macs", "params"] = "macs"
+    """What is made equal, within 2 %, by the widths: multiply-adds or parameters. The measure is C-C-T-T."""
+
+    widths: tuple[float, ...] = (1.0,)
+    """Repeats the study with networks this many times as wide."""
+
+    data_fractions: tuple[float, ...] = (1.0,)
+    """Repeats the study with these shares of the training images."""
+
+    folds: int = 0
+    """Cross-validation: every seed trains this often, so that each image is tested once; 0 for one split."""
+
+    tune: Literal["lr"] | None = None
+    """lr: the same three learning rates for each, chosen on validation images."""
+
+    then: str | None = None
+    """Data to train every finished network on afterwards, with a new head."""
+
+    ablate: tuple[Literal["skip", "mlp", "positions"], ...] = ()
+    """Repeats every layout without these."""
 
     out: Path = Path("glocal-compare")
-    """Folder for report.html and results.json. Runs that are finished there are not repeated."""
+    """Folder for report.html, results.json and the runs. Runs that are finished there are not repeated."""
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """A configuration as nested dicts of numbers, texts and lists, for YAML and JSON."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(inner) for key, inner in value.items()}
+        if isinstance(value, tuple):
+            return [plain(inner) for inner in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def from_plain(kind: type, plain: Any, where: str = "") -> Any:
+    """A configuration of `kind` from nested dicts; what is not given keeps its default.
+
+    Two slips of YAML 1.1 are put right where the kind of value is known: `1e-3` is read as text, `no` as false.
+
+    Raises:
+        ValueError: A key is unknown (the nearest valid one is named), or a value has the wrong type or makes no sense.
+    """
+    if not isinstance(plain, dict):
+        raise ValueError(f"{where.rstrip('.') or 'the file'}: must hold names with values, such as 'seed: 0'")
+    hints = typing.get_type_hints(kind)
+    values = {}
+    for key, value in plain.items():
+        if key not in hints:
+            raise ValueError(f"{where}{key}: unknown; {_meant(str(key), hints, where)}")
+        values[key] = _typed(hints[key], value, f"{where}{key}")
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from error
+
+
+def _meant(key: str, hints: dict[str, Any], where: str) -> str:
+    """The nearest valid name, here or one level below: `lr` is train.lr."""
+    names = {name: name for name in hints}
+    for section, hint in hints.items():
+        if dataclasses.is_dataclass(hint):
+            names = {inner.name: f"{section}.{inner.name}" for inner in dataclasses.fields(hint)} | names
+    near = difflib.get_close_matches(key, names, n=1)
+    return f"did you mean '{where}{names[near[0]]}'?" if near else f"valid are {', '.join(hints)}"
+
+
+def _typed(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return from_plain(hint, value, f"{where}.")
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in inner:
+            return None
+        return _typed(next(kind for kind in inner if kind is not type(None)), value, where)
+    if origin is Literal:
+        if value is False and "no" in inner:
+            return "no"
+        if value not in inner:
+            raise ValueError(f"{where}: {value!r}; valid are {', '.join(map(str, inner))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)) or (Ellipsis not in inner and len(value) != len(inner)):
+            raise ValueError(f"{where}: {value!r} must be a list{'' if Ellipsis in inner else f' of {len(inner)}'}")
+        kinds = (inner[0],) * len(value) if Ellipsis in inner else inner
+        return tuple(_typed(kind, item, where) for kind, item in zip(kinds, value, strict=True))
+    return _single(hint, value, where)
+
+
+_WORDS = {
+    bool: "true or false",
+    float: "a number",
+    int: "a whole number",
+    str: "text; put it in quotes",
+    Path: "text; put it in quotes",
+}
+
+
+def _single(hint: type, value: Any, where: str) -> Any:
+    if hint is float and isinstance(value, str) and _NUMBER.fullmatch(value):
+        return float(value)
+    if hint is float and type(value) in (int, float) and abs(value) <= 1e300:
+        return float(value)
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if type(value) is not hint:
+        raise ValueError(f"{where}: {value!r} must be {_WORDS[hint]}")
+    return value

@@ -5,6 +5,8 @@ with one thread a result does not depend on the number of cores.
 """
 
 import ctypes
+import hashlib
+import math
 import multiprocessing
 import os
 import shutil
@@ -14,59 +16,78 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
 
+from glocal.checkpoint import CheckpointError
 from glocal.config import RunConfig
 from glocal.data import ImageData
+from glocal.training import EpochResult, RunResult, train
 
 _SECONDS_BETWEEN_MESSAGES = 0.25
+_SECONDS_BETWEEN_LINES = 5  # about epochs, without a terminal
 
 
 class RunFailed(RuntimeError):
     """A run could not be finished; the message says which one, and why."""
 
 
-def run_all(
-    runs: dict[int, RunConfig], data: ImageData, progress: "Progress", workers: int | None = None
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Trains all runs in worker processes and yields (number, result) as they finish.
+@dataclass(frozen=True)
+class Job:
+    """A run to do.
 
     Args:
-        runs: Configurations under their numbers, started in this order.
-        data: The images of all runs.
+        label: What people are told it is.
+        config: The run.
+        folder: Where it lives; one that was interrupted there goes on.
+    """
+
+    label: str
+    config: RunConfig
+    folder: Path
+
+
+def run_all(
+    jobs: Mapping[int, Job], data: Mapping[str, ImageData], progress: "Progress", workers: int | None = None
+) -> Iterator[int]:
+    """Does all jobs in worker processes and yields their numbers as they finish.
+
+    Args:
+        jobs: Under their numbers, started in this order.
+        data: Images of every source that the jobs name.
         progress: Told what happens.
         workers: Processes; by default one for every core, on a GPU one.
 
     Raises:
         RunFailed: A run could not be finished; the other processes are ended.
+        OSError: A folder could not be written to, likewise.
     """
-    if not runs:
+    if not jobs:
         return
     if workers is None:
         workers = 1 if torch.cuda.is_available() else _cores()
     # A fresh interpreter each: forking a process that has used threads can hang.
     context = multiprocessing.get_context("spawn")
-    waiting = list(runs.items())
+    waiting = list(jobs.items())
     processes: dict[Connection, Any] = {}
     busy: dict[Connection, int] = {}
     with tempfile.TemporaryDirectory(prefix="glocal-") as folder:
-        images = Path(folder) / "images.pt"
-        _save(data, images)  # mapped into every worker: one copy in memory, however many there are
+        for source in {job.config.data.source for job in jobs.values()}:
+            _save(data[source], _images(folder, source))
         try:
-            for _ in range(min(workers, len(runs))):
+            for _ in range(min(workers, len(jobs))):
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_work, args=(theirs, str(images)), daemon=True)
+                process = context.Process(target=_work, args=(theirs, folder), daemon=True)
                 process.start()
                 theirs.close()
                 processes[ours] = process
-                busy[ours], run = waiting.pop(0)
-                ours.send(run)
+                busy[ours], job = waiting.pop(0)
+                ours.send(job)
             while busy:
                 for connection in cast(list[Connection], wait(list(busy))):
                     i = busy[connection]
@@ -75,7 +96,7 @@ def run_all(
                     except (EOFError, ConnectionResetError):
                         processes[connection].join()
                         raise RunFailed(
-                            f"{progress.labels[i]}: the process that trained it ended with code "
+                            f"{jobs[i].label}: the process that trained it ended with code "
                             f"{processes[connection].exitcode}; perhaps there was not enough memory"
                         ) from None
                     if kind == "step":
@@ -84,13 +105,15 @@ def run_all(
                         progress.epoch(i, content)
                     elif kind == "failed":
                         raise RunFailed(content)
+                    elif kind == "disk":
+                        raise OSError(*content)
                     else:
                         del busy[connection]
                         if waiting:
-                            busy[connection], run = waiting.pop(0)
-                            connection.send(run)
-                        progress.finish(i, content["epochs"][-1]["test_accuracy"])
-                        yield i, content
+                            busy[connection], job = waiting.pop(0)
+                            connection.send(job)
+                        progress.finish(i, content)
+                        yield i
         finally:
             for process in processes.values():
                 process.terminate()
@@ -106,54 +129,70 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
+def _images(folder: str, source: str) -> Path:
+    return Path(folder) / f"{hashlib.sha256(source.encode()).hexdigest()[:16]}.pt"
+
+
 def _save(data: ImageData, path: Path) -> None:
     fields = {name: getattr(data, name) for name in ImageData.__dataclass_fields__}
     fields["classes"] = list(data.classes)  # weights_only loading takes lists
     torch.save(fields, path)
 
 
-def _load(path: str) -> ImageData:
+def _load(path: Path) -> ImageData:
+    """The images, mapped: one copy in memory, however many processes there are."""
     fields = torch.load(path, mmap=True, weights_only=True)
     return ImageData(**{**fields, "classes": tuple(fields["classes"])})
 
 
 def _work(connection: Connection, images: str) -> None:
-    """A worker: trains what it is sent until the pipe closes."""
+    """A worker: does what it is sent until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
     _keep_freed_memory()
-    _end_with(os.getppid(), Path(images).parent)
-    from glocal.training import train
-
-    data = _load(images)
+    _end_with(os.getppid(), Path(images))
+    data: dict[str, ImageData] = {}
     try:
         while True:
-            _serve(connection, connection.recv(), data, train)
+            job = connection.recv()
+            source = job.config.data.source
+            if source not in data:
+                data[source] = _load(_images(images, source))
+            connection.send(_outcome(job, data[source], connection))
     except (EOFError, ConnectionError):  # the parent was killed, and this thread saw it before the watching one
-        _leave(Path(images).parent)
+        _leave(Path(images))
 
 
-def _serve(connection: Connection, run: RunConfig, data: ImageData, train: Callable[..., Any]) -> None:
-    """Trains one run and sends what comes of it."""
-    last = 0.0
-
-    def on_step(step: int, steps: int) -> None:
-        nonlocal last
-        if time.monotonic() - last > _SECONDS_BETWEEN_MESSAGES:
-            last = time.monotonic()
-            connection.send(("step", (step, steps)))
-
+def _outcome(job: Job, data: ImageData, connection: Connection) -> tuple[str, Any]:
+    """Does a job; what is to be said of it."""
     try:
-        result = train(run, data, on_step=on_step, on_epoch=lambda epoch: connection.send(("epoch", asdict(epoch))))
+        result = train(job.config, data, job.folder, listener=_Teller(connection))
     except ConnectionError:
         raise
-    except FloatingPointError as error:
-        connection.send(("failed", str(error)))
+    except (ArithmeticError, ValueError) as error:
+        return "failed", f"{job.label}: {error}" if isinstance(error, ValueError) else str(error)
+    except OSError as error:
+        return "disk", (error.errno, error.strerror or str(error), error.filename or str(job.folder))
     except Exception:
-        connection.send(("failed", f"{run.model.layout} seed {run.seed}:\n{traceback.format_exc()}"))
-    else:
-        connection.send(("result", asdict(result)))
+        return "failed", f"{job.label}:\n{traceback.format_exc()}"
+    return "result", result.epochs[-1].test_accuracy
+
+
+class _Teller:
+    """Tells the parent how a run goes on, not too often."""
+
+    def __init__(self, connection: Connection):
+        self._connection = connection
+        self._last = 0.0
+
+    def step(self, done: int, steps: int) -> None:
+        if time.monotonic() - self._last > _SECONDS_BETWEEN_MESSAGES:
+            self._last = time.monotonic()
+            self._connection.send(("step", (done, steps)))
+
+    def epoch(self, result: EpochResult) -> None:
+        self._connection.send(("epoch", result))
 
 
 def _end_with(parent: int, folder: Path) -> None:
@@ -189,30 +228,61 @@ def _keep_freed_memory() -> None:
     mallopt(m_trim_threshold, 2**30)
 
 
+def train_here(config: RunConfig, data: ImageData, folder: Path, *, resume: bool, progress: "Progress") -> RunResult:
+    """Trains in this process, with all its threads, and writes TensorBoard's files too.
+
+    Raises:
+        CheckpointError: The folder holds a run and `resume` is not set, or it is another run.
+        ValueError: The folder cannot be used, or see `train`.
+    """
+    if not resume and (folder / "config.yaml").exists():
+        raise CheckpointError(f"--out: {str(folder)!r} holds a run; add --resume to go on with it, or name another")
+    others = [path for path in folder.iterdir() if not path.name.endswith(".tmp")] if folder.is_dir() else []
+    if others and not (folder / "config.yaml").exists():
+        raise ValueError(f"--out: {str(folder)!r} holds something else; name another folder")
+    result = train(config, data, folder, listener=_Shown(progress), tensorboard=True)
+    progress.finish(0, result.epochs[-1].test_accuracy)
+    return result
+
+
+class _Shown:
+    """Shows how the only run goes on."""
+
+    def __init__(self, progress: "Progress"):
+        self._progress = progress
+
+    def step(self, done: int, steps: int) -> None:
+        self._progress.step(0, done, steps)
+
+    def epoch(self, result: EpochResult) -> None:
+        self._progress.epoch(0, result)
+
+
 class Progress:
     """How far all runs are: bars with the time left on a terminal, plain lines elsewhere. Writes to stderr.
 
     Args:
         labels: Name of every run.
-        done: Numbers of the runs that were finished before.
+        costs: What every run costs, in any unit.
         quiet: Whether to show nothing.
     """
 
-    def __init__(self, labels: Sequence[str], *, done: Collection[int] = (), quiet: bool = False):
+    def __init__(self, labels: Sequence[str], costs: Sequence[float], *, quiet: bool = False):
         from rich.console import Console
 
         self.labels = labels
+        self._costs = costs
         self._console = Console(stderr=True, quiet=quiet)
-        self._shares = {i: 0.0 for i in range(len(labels)) if i not in done}
-        self._finished = len(labels) - len(self._shares)
+        self._shares = [0.0] * len(labels)
+        self._found: dict[int, float] = {}  # shares that were done before this started
+        self._finished = 0
         self._started = time.monotonic()
+        self._said = -math.inf
         self._bars: Any = None
         self._tasks: dict[int, Any] = {}
 
     def __enter__(self) -> "Progress":
-        if self._finished:
-            self._say(f"{self._finished} of {len(self.labels)} runs were finished before and are not repeated")
-        if self._console.is_terminal and self._shares and not self._console.quiet:
+        if self._console.is_terminal and not self._console.quiet:
             from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
             columns = (
@@ -230,8 +300,16 @@ class Progress:
         if self._bars is not None:
             self._bars.stop()
 
+    def skip(self, i: int) -> None:
+        """Run `i` was finished before."""
+        self._shares[i] = self._found[i] = 1.0
+        self._finished += 1
+        if self._finished == len(self.labels):
+            self._say(f"all {self._finished} runs were finished before")
+
     def step(self, i: int, step: int, steps: int) -> None:
         """Run `i` has done `step` of `steps`."""
+        self._found.setdefault(i, (step - 1) / steps)
         self._shares[i] = step / steps
         if self._bars is not None:
             if i not in self._tasks:
@@ -239,14 +317,15 @@ class Progress:
             self._bars.update(self._tasks[i], completed=self._shares[i])
             self._bars.update(self._all, completed=self._share(), said=self._left())
 
-    def epoch(self, i: int, epoch: dict[str, float]) -> None:
+    def epoch(self, i: int, epoch: EpochResult) -> None:
         """Run `i` has finished an epoch."""
-        said = f"test {epoch['test_accuracy']:.1f} %, loss {epoch['train_loss']:.3f}"
+        said = f"test {epoch.test_accuracy:.1f} %, loss {epoch.train_loss:.3f}"
         if self._bars is not None:
             if i in self._tasks:
                 self._bars.update(self._tasks[i], said=said)
-        else:
-            self._say(f"{self.labels[i]}: epoch in {epoch['seconds']:.0f} s, {said}")
+        elif time.monotonic() - self._said > _SECONDS_BETWEEN_LINES:
+            self._said = time.monotonic()
+            self._say(f"{self.labels[i]}: epoch {epoch.epoch} in {epoch.seconds:.0f} s, {said}")
 
     def finish(self, i: int, test_accuracy: float) -> None:
         """Run `i` is finished."""
@@ -258,14 +337,18 @@ class Progress:
         self._say(f"{self._finished}/{len(self.labels)} {self.labels[i]}: test {test_accuracy:.1f} %{left}")
 
     def _share(self) -> float:
-        return sum(self._shares.values()) / len(self._shares)
+        return self._cost_of(self._shares) / sum(self._costs)
+
+    def _cost_of(self, shares: Sequence[float]) -> float:
+        return sum(cost * share for cost, share in zip(self._costs, shares, strict=True))
 
     def _left(self) -> str:
-        share = self._share()
-        if share <= 0:
+        found = self._cost_of([self._found.get(i, 0.0) for i in range(len(self.labels))])
+        gained = self._cost_of(self._shares) - found
+        if gained <= 0:
             return ""
-        seconds = (time.monotonic() - self._started) * (1 - share) / share
-        return f"about {_duration(seconds)} left"
+        remaining = sum(self._costs) - found - gained
+        return f"about {_duration((time.monotonic() - self._started) * remaining / gained)} left"
 
     def _say(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -29,13 +29,13 @@ def available() -> tuple[str, ...]:
     return tuple(sorted(name for name, value in vars(mixers).items() if _is_operator(name, value)))
 
 
-def build(spec: str | nn.Module, dim: int, **context: Any) -> nn.Module:
-    """Builds an operator from its spec.
+def build(spec: str | nn.Module, dim: int | None = None, **context: Any) -> nn.Module:
+    """Builds an operator, or a whole network of a user's file, from its spec.
 
     Args:
         spec: "DepthwiseConv(kernel_size=7)", "SelfAttention", "path/to/file.py:Shift(step=2)" for an operator of
             the user's own, or a module, which is returned as it is.
-        dim: channels.
+        dim: channels, the constructor's first argument; None for a whole network, whose constructor has none.
         **context: further constructor arguments, such as rank or grid_size; each is used only if the operator has
             that argument and the spec does not give it.
 
@@ -68,7 +68,9 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"{meant}Valid: {', '.join(valid) or 'none'}"
 
 
-def _build(node: ast.expr, text: str, dim: int, operators: dict[str, type], context: dict[str, Any]) -> nn.Module:
+def _build(
+    node: ast.expr, text: str, dim: int | None, operators: dict[str, type], context: dict[str, Any]
+) -> nn.Module:
     name, keywords = _name_and_keywords(node, text)
     if name not in operators:
         raise ValueError(f"spec: {text!r} names an unknown operator {name!r}; {nearest(name, operators)}")
@@ -87,7 +89,7 @@ def _build(node: ast.expr, text: str, dim: int, operators: dict[str, type], cont
             )
         arguments[key] = _value(value, text, dim, operators, context)
     try:
-        return operator(dim, **arguments)
+        return operator(**arguments) if dim is None else operator(dim, **arguments)
     except TypeError as error:
         raise ValueError(f"spec: {text!r} cannot be built: {error}") from error
     except ValueError as error:
@@ -109,7 +111,7 @@ def _name_and_keywords(node: ast.expr, text: str) -> tuple[str, dict[str, ast.ex
     return function.id, {str(keyword.arg): keyword.value for keyword in node.keywords}
 
 
-def _value(node: ast.expr, text: str, dim: int, operators: dict[str, type], context: dict[str, Any]) -> Any:
+def _value(node: ast.expr, text: str, dim: int | None, operators: dict[str, type], context: dict[str, Any]) -> Any:
     called = node.func if isinstance(node, ast.Call) else node
     if isinstance(called, ast.Name):
         return _build(node, text, dim, operators, context)

@@ -1,20 +1,40 @@
-"""Training: one network on one data set, a plain loop on Accelerate. B images in a batch, C channels, H W pixels."""
+"""Training: one network on one data set, a loop on Accelerate that can be killed at any moment and goes on exactly.
 
+Everything random in a step is drawn from the run's seed and the number of the step, and the order of an epoch's images
+from the seed and the number of the epoch: no random state has to be kept, and a step gives the same whether the run
+was interrupted before it or not.
+"""
+
+import hashlib
+import json
 import math
+import shutil
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
-from torch import nn
+import yaml
+from torch import Tensor, nn
 
-from glocal.backbone import Backbone
-from glocal.config import ModelConfig, RunConfig, TrainConfig
+from glocal.analysis.memory import peak_memory
+from glocal.checkpoint import CheckpointError, load_state, save_state, save_weights, write_text
+from glocal.config import RunConfig, to_plain
 from glocal.data import ImageData
-from glocal.data.augment import crop_and_flip
+from glocal.data.augment import crop_and_flip, randaugment
+from glocal.data.splits import as_form, fold, fraction, hold_out
+from glocal.tasks.classification import (
+    Criterion,
+    Predictions,
+    accuracy,
+    build_model,
+    normaliser,
+    predict,
+    start_from,
+)
 
-_TEST_BATCH = 256  # images; large enough to be quick, small enough for any memory
+_STEPS_PER_LINE = 50  # of metrics.jsonl
 
 
 @dataclass(frozen=True)
@@ -22,12 +42,14 @@ class EpochResult:
     """What one pass over the training images gave.
 
     Args:
-        train_loss: Mean loss over the epoch's steps, label smoothing included.
+        epoch: Its number, from 1.
+        train_loss: Mean loss over the epoch's steps, as optimised: label smoothing and augmentation included.
         test_accuracy: Percent of the test images, after the epoch.
         seconds: Wall time of training and test.
         images_per_second: Training images over the wall time of training alone.
     """
 
+    epoch: int
     train_loss: float
     test_accuracy: float
     seconds: float
@@ -36,147 +58,411 @@ class EpochResult:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a whole run gave.
+    """What a whole run gave. Losses here are plain cross-entropy of the final weights, in evaluation mode.
 
     Args:
         epochs: One entry an epoch.
         params: Number of trainable parameters.
+        train_loss: Over training images without augmentation, as many as there are test images.
+        train_accuracy: Percent of these.
+        test_loss: Over the test images.
+        images_per_second_forward: Test images over the wall time of predicting them.
+        peak_memory: Bytes of tensors that lived at once in the first step, forward and backward and update.
     """
 
     epochs: tuple[EpochResult, ...]
     params: int
+    train_loss: float
+    train_accuracy: float
+    test_loss: float
+    images_per_second_forward: float
+    peak_memory: int
 
 
-def build_model(config: ModelConfig, data: ImageData) -> Backbone:
-    """The network of a configuration, made for the images and classes of `data`."""
-    return Backbone(
-        config.layout,
-        in_chans=data.in_chans,
-        num_classes=len(data.classes),
-        img_size=data.img_size,
-        dims=config.dims,
-        depths=config.depths,
-    )
+class NotFinite(FloatingPointError):
+    """The loss became infinite or NaN; the message names step and learning rate."""
+
+
+class Listener(Protocol):
+    """Told how a run goes on."""
+
+    def step(self, done: int, steps: int) -> None:
+        """`done` of `steps` steps are done."""
+
+    def epoch(self, result: EpochResult) -> None:
+        """An epoch is finished."""
+
+
+class _Silent:
+    def step(self, done: int, steps: int) -> None: ...
+
+    def epoch(self, result: EpochResult) -> None: ...
+
+
+def images_of(config: RunConfig, data: ImageData) -> ImageData:
+    """The images that a run trains on and is tested on, out of those that its source gives.
+
+    Raises:
+        ValueError: They cannot be split or brought into the form that the configuration asks for.
+    """
+    asked = config.data
+    if asked.in_chans is not None or asked.img_size is not None:
+        data = as_form(data, asked.in_chans or data.in_chans, asked.img_size or data.img_size)
+    if asked.folds:
+        data = fold(data, asked.fold, asked.folds)
+    if asked.validation:
+        data = hold_out(data)
+    # Another seed learns from other images, so that the spread over seeds holds the luck of the draw.
+    return fraction(data, asked.fraction, config.seed)
 
 
 def train(
     config: RunConfig,
     data: ImageData,
+    folder: Path | None = None,
     *,
-    on_step: Callable[[int, int], None] = lambda step, steps: None,
-    on_epoch: Callable[[EpochResult], None] = lambda result: None,
+    listener: Listener | None = None,
+    checkpoint_seconds: float = 30,
+    tensorboard: bool = False,
 ) -> RunResult:
-    """Trains the network of `config` on `data` and tests it after every epoch.
+    """Trains the network of `config` and tests it after every epoch.
 
-    Everything random comes from `config.seed`: the same seed gives the same result, on a CPU bit for bit as long
-    as the number of threads is the same. PyTorch's random state outside is left as it was.
+    The same seed gives the same result, on a CPU bit for bit as long as the number of threads is the same, whether
+    the run was interrupted or not. PyTorch's random state outside is left as it was.
 
     Args:
-        config: Network, recipe and seed.
-        data: Images; those of `config.data`.
-        on_step: Called after every step with the steps done and the steps of the whole run.
-        on_epoch: Called after every epoch.
+        config: Data, network, recipe and seed.
+        data: All images of the source that `config.data` names.
+        folder: Where the run lives. Afterwards it holds config.yaml, metrics.jsonl (a line an epoch, and one every 50
+            steps), weights.safetensors, predictions.safetensors (class and loss of every test image) and result.json,
+            written last. On the way checkpoints/ holds an exact state; a run that finds one there goes on, and
+            a finished one returns its result. None keeps nothing.
+        listener: Told about steps and epochs.
+        checkpoint_seconds: Time between two exact states; there is one after every epoch, too.
+        tensorboard: Whether to write TensorBoard's files into `folder` as well.
 
     Raises:
-        FloatingPointError: The loss became infinite or NaN; the message names step and learning rate.
+        NotFinite: The loss became infinite or NaN; the last state before is kept.
+        ValueError: The configuration cannot be used for this data.
+        CheckpointError: `config.weights` cannot be used, or `folder` holds another run.
     """
+    images = identity(data) if folder is not None else ""
+    if folder is not None and (done := finished(folder, config, images)) is not None:
+        return done
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
-    accelerator = Accelerator()
-    recipe = config.train
+    AcceleratorState._reset_state()  # it remembers the precision of the run before
+    accelerator = Accelerator(mixed_precision=config.train.precision)
+    if config.train.precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("precision fp16 needs a GPU; on a CPU use bf16")
     with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        generator = torch.Generator().manual_seed(config.seed)  # order and augmentation, whatever the model draws
-        model = build_model(config.model, data)
-        params = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        run = _Run(config, images_of(config, data), accelerator, listener or _Silent())
+        if folder is not None:
+            run.live_in(folder, images, tensorboard)
+        return run.finish(run.all_epochs(checkpoint_seconds))
+
+
+def identity(data: ImageData) -> str:
+    """A name for the images and labels themselves, wherever they lie."""
+    content = hashlib.sha256()
+    for value in (getattr(data, field.name) for field in fields(data)):
+        if isinstance(value, Tensor):
+            content.update(f"{value.dtype} {tuple(value.shape)}".encode() + value.contiguous().numpy().tobytes())
+    return content.hexdigest()[:16]
+
+
+def finished(folder: Path, config: RunConfig, images: str) -> RunResult | None:
+    """The result in a run's folder; None if there is no run or it is not finished.
+
+    Args:
+        folder: Of a run.
+        config: Its configuration; where data and first weights lie does not count.
+        images: Their `identity`.
+
+    Raises:
+        CheckpointError: The folder holds another run.
+    """
+    try:
+        there = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return None
+    different = _difference(there, _described(config, images))
+    if different:
+        raise CheckpointError(f"{folder}: holds another run ({different}); name another folder")
+    try:
+        plain = json.loads((folder / "result.json").read_text("utf-8"))
+        epochs = tuple(EpochResult(**epoch) for epoch in plain.pop("epochs"))
+        return RunResult(epochs=epochs, **plain)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def _described(config: RunConfig, images: str) -> dict[str, Any]:
+    return {**to_plain(config), "images": images}
+
+
+def _difference(there: Any, here: Any, where: str = "") -> str:
+    """The first value in which two configurations differ, in words; empty if they agree."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        keys = [key for key in here if where + key not in ("data.source", "weights")]
+        found = (_difference(there.get(key), here[key], f"{where}{key}.") for key in keys)
+        return next((difference for difference in found if difference), "")
+    return "" if there == here else f"{where.rstrip('.')} is {there!r} there, {here!r} here"
+
+
+class _Run:
+    """A run on its way: everything that a step reads or changes."""
+
+    def __init__(self, config: RunConfig, data: ImageData, accelerator: Any, listener: Listener):
+        recipe = config.train
+        self.config, self.data, self.accelerator, self.listener = config, data, accelerator, listener
+        self.folder: Path | None = None
+        self.device: torch.device = accelerator.device
+        self.mean, self.deviation = data.statistics()
+        self.normalise = normaliser(self.mean, self.deviation, self.device)
+        self.generator = torch.Generator()  # of order and augmentation
         # A last batch of a single image would break batch norm: it is left out, and so is every incomplete one.
-        batch_size = min(recipe.batch_size, len(data.train_labels))
-        steps_per_epoch = len(data.train_labels) // batch_size
-        steps = steps_per_epoch * recipe.epochs
+        self.batch_size = min(recipe.batch_size, len(data.train_labels))
+        self.steps_per_epoch = len(data.train_labels) // self.batch_size
+        self.steps = self.steps_per_epoch * recipe.epochs
+        model = build_model(
+            config.model,
+            in_chans=data.in_chans,
+            num_classes=len(data.classes),
+            img_size=data.img_size,
+            seed=config.seed,
+        )
+        if config.weights is not None:
+            start_from(model, Path(config.weights))
+        self.params = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.criterion = Criterion(recipe, data.train_labels, len(data.classes), self.device)
         optimizer = torch.optim.AdamW(_groups(model, recipe.weight_decay), lr=recipe.lr, fused=True)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps, recipe.warmup))
-        model, optimizer = accelerator.prepare(model, optimizer)
-        normalise = _normaliser(data, accelerator.device)
-        results = []
-        step = 0
-        for _ in range(recipe.epochs):
-            started = time.perf_counter()
-            model.train()
-            losses = []
-            for images, labels in _batches(data, batch_size, steps_per_epoch, recipe, generator):
-                labels = labels.to(accelerator.device)
-                scores = model(normalise(images))
-                loss = F.cross_entropy(scores, labels, label_smoothing=recipe.label_smoothing)
-                losses.append(loss.item())
-                if not math.isfinite(losses[-1]):
-                    raise FloatingPointError(
-                        f"{config.model.layout}, seed {config.seed}: the loss is {losses[-1]} at step {step + 1} of "
-                        f"{steps}, learning rate {schedule.get_last_lr()[0]:.2g}; lower the learning rate"
-                    )
-                optimizer.zero_grad()
-                accelerator.backward(loss)
-                accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
-                optimizer.step()
-                schedule.step()
-                step += 1
-                on_step(step, steps)
-            trained = time.perf_counter()
-            accuracy = evaluate(model, data.test_images, data.test_labels, normalise)
-            results.append(
-                EpochResult(
-                    train_loss=sum(losses) / len(losses),
-                    test_accuracy=accuracy,
-                    seconds=time.perf_counter() - started,
-                    images_per_second=steps_per_epoch * batch_size / (trained - started),
-                )
+        self.average: Any = None
+        if recipe.ema:  # before `prepare`, whose forward would be copied as that of the original
+            from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+            self.average = AveragedModel(
+                model, device=self.device, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True
             )
-            on_epoch(results[-1])
-    return RunResult(tuple(results), params)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.step = 0
+        self.loss_sum, self.loss_count, self.seconds = 0.0, 0, 0.0  # of the epoch on its way
+        self.epochs: list[EpochResult] = []
+        self.peak_memory = 0
+        self.board: Any = None
 
+    def live_in(self, folder: Path, images: str, tensorboard: bool) -> None:
+        """Keeps what happens in a folder, and goes on from what is kept there."""
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "config.yaml", yaml.safe_dump(_described(self.config, images), sort_keys=False))
+        self._resume(folder)
+        self._cut_metrics(folder / "metrics.jsonl")
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
 
-def evaluate(
-    model: nn.Module,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    normalise: Callable[[torch.Tensor], torch.Tensor],
-) -> float:
-    """Percent of `images`, uint8 [N, C, H, W], whose highest score is at their label, int64 [N]."""
-    model.eval()
-    right = 0
-    with torch.inference_mode():
-        for batch, answers in zip(images.split(_TEST_BATCH), labels.split(_TEST_BATCH), strict=True):
-            right += (model(normalise(batch)).argmax(1).cpu() == answers).sum().item()
-    return 100 * right / len(labels)
+            self.board = SummaryWriter(str(folder), purge_step=self.step)
+
+    def all_epochs(self, checkpoint_seconds: float) -> Predictions:
+        """Trains to the end; what the final weights say of the test images."""
+        predictions = None
+        while self.step < self.steps:
+            predictions = self._epoch(len(self.epochs), checkpoint_seconds)
+        return self._test() if predictions is None else predictions  # killed between the last epoch and its result
+
+    def finish(self, predictions: Predictions) -> RunResult:
+        """Looks at the final weights and writes what remains of the run."""
+        count = min(len(self.data.train_labels), len(self.data.test_labels))
+        chosen = torch.randperm(len(self.data.train_labels), generator=self._seeded("fit"))[:count]
+        labels = self.data.train_labels[chosen]
+        started = time.perf_counter()
+        trained = predict(self._tested(), self.data.train_images[chosen], labels, self.normalise)
+        seconds = time.perf_counter() - started
+        result = RunResult(
+            epochs=tuple(self.epochs),
+            params=self.params,
+            train_loss=trained.loss.mean().item(),
+            train_accuracy=accuracy(trained.predicted, labels),
+            test_loss=predictions.loss.mean().item(),
+            images_per_second_forward=count / seconds,
+            peak_memory=self.peak_memory,
+        )
+        if self.folder is not None:
+            about = {
+                "config": to_plain(self.config),
+                "classes": list(self.data.classes),
+                "in_chans": self.data.in_chans,
+                "img_size": list(self.data.img_size),
+                "mean": self.mean,
+                "deviation": self.deviation,
+            }
+            save_weights(self.folder / "weights.safetensors", self._tested().state_dict(), about)
+            answers = {
+                "predicted": predictions.predicted.to(torch.int32),
+                "label": self.data.test_labels.to(torch.int32),
+                "loss": predictions.loss,
+            }
+            save_weights(self.folder / "predictions.safetensors", answers)
+            write_text(self.folder / "result.json", json.dumps(asdict(result), indent=1))
+            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+            if self.board is not None:
+                self.board.close()
+        return result
+
+    def _epoch(self, number: int, checkpoint_seconds: float) -> Predictions:
+        """The rest of an epoch, and its test."""
+        order = torch.randperm(len(self.data.train_labels), generator=self._seeded(f"epoch {number}"))
+        batches = order[: self.steps_per_epoch * self.batch_size].split(self.batch_size)
+        self.model.train()
+        started = saved = time.perf_counter()
+        for chosen in batches[self.step - number * self.steps_per_epoch :]:
+            if self.step == 0:
+                loss, self.peak_memory = peak_memory(lambda: self._step(chosen), self.device)  # noqa: B023
+            else:
+                loss = self._step(chosen)
+            self.loss_sum += loss
+            self.loss_count += 1
+            self.step += 1
+            if self.step % _STEPS_PER_LINE == 0:
+                self._note({"step": self.step, "loss": loss, "lr": self._lr(self.step - 1)})
+            now = time.perf_counter()
+            if now - saved > checkpoint_seconds and self.step % self.steps_per_epoch:
+                self.seconds += now - started
+                self._keep()
+                started = saved = time.perf_counter()
+            self.listener.step(self.step, self.steps)
+        trained = self.seconds + time.perf_counter() - started
+        predictions = self._test()
+        self.epochs.append(
+            EpochResult(
+                epoch=number + 1,
+                train_loss=self.loss_sum / self.loss_count,
+                test_accuracy=accuracy(predictions.predicted, self.data.test_labels),
+                seconds=self.seconds + time.perf_counter() - started,
+                images_per_second=self.steps_per_epoch * self.batch_size / trained,
+            )
+        )
+        self.loss_sum, self.loss_count, self.seconds = 0.0, 0, 0.0
+        self._note({"step": self.step, **asdict(self.epochs[-1])})
+        self._keep()
+        self.listener.epoch(self.epochs[-1])
+        return predictions
+
+    def _step(self, chosen: Tensor) -> float:
+        """One step on the training images `chosen`; its loss."""
+        recipe = self.config.train
+        generator = self._seeded(f"step {self.step}")
+        torch.manual_seed(generator.initial_seed())  # dropout, stochastic depth, mixing
+        images = self.data.train_images[chosen]
+        if recipe.crop_padding or recipe.flip:
+            images = crop_and_flip(images, padding=recipe.crop_padding, flip=recipe.flip, generator=generator)
+        if recipe.randaugment:
+            images = randaugment(images, recipe.randaugment)
+        pixels, labels = self.criterion.mix(self.normalise(images), self.data.train_labels[chosen].to(self.device))
+        lr = self._lr(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        loss = self.criterion(self.model(pixels), labels)
+        value = loss.item()
+        if not math.isfinite(value):
+            kept = "" if self.folder is None else f"; the last state before is kept in {str(self.folder)!r}"
+            raise NotFinite(
+                f"{self.config.model.name}, seed {self.config.seed}: the loss is {value} at step {self.step + 1} of "
+                f"{self.steps}, learning rate {lr:.2g}; lower the learning rate{kept}"
+            )
+        self.optimizer.zero_grad()
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(self.model.parameters(), recipe.max_grad_norm)
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self._plain())
+        return value
+
+    def _lr(self, step: int) -> float:
+        return self.config.train.lr * rate(step, self.steps, self.config.train.warmup)
+
+    def _seeded(self, what: str) -> torch.Generator:
+        digest = hashlib.sha256(f"{self.config.seed} {what}".encode()).digest()
+        return self.generator.manual_seed(int.from_bytes(digest[:7], "big"))
+
+    def _plain(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model)
+
+    def _tested(self) -> nn.Module:
+        """The network whose weights count: their average, if the recipe asks for it."""
+        return self._plain() if self.average is None else self.average.module
+
+    def _test(self) -> Predictions:
+        return predict(self._tested(), self.data.test_images, self.data.test_labels, self.normalise)
+
+    # What is kept on the way
+
+    def _keep(self) -> None:
+        if self.folder is None:
+            return
+        scaler = self.accelerator.scaler
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "step": self.step,
+            "loss_sum": self.loss_sum,
+            "loss_count": self.loss_count,
+            "seconds": self.seconds,
+            "epochs": [asdict(epoch) for epoch in self.epochs],
+            "peak_memory": self.peak_memory,
+        }
+        save_state(self.folder / "checkpoints", self.step, self._plain().state_dict(), state)
+
+    def _resume(self, folder: Path) -> None:
+        found = load_state(folder / "checkpoints")
+        if found is None:
+            return
+        weights, state = found
+        self._plain().load_state_dict(weights)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        for name in ("step", "loss_sum", "loss_count", "seconds", "peak_memory"):
+            setattr(self, name, state[name])
+        self.epochs = [EpochResult(**epoch) for epoch in state["epochs"]]
+
+    def _note(self, line: dict[str, Any]) -> None:
+        """A line of metrics.jsonl."""
+        if self.folder is None:
+            return
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.board is not None:
+            for name, value in line.items():
+                if name not in ("step", "epoch"):
+                    self.board.add_scalar(name, value, line["step"])
+
+    def _cut_metrics(self, path: Path) -> None:
+        """Takes back the lines of steps that are done again."""
+        kept = []
+        for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
+            try:
+                if json.loads(line)["step"] <= self.step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue  # cut off in the middle
+        write_text(path, "".join(kept))
 
 
 def rate(step: int, steps: int, warmup: float) -> float:
-    """Learning rate before step `step` (from 0) as a share of its peak: a line up, then half a cosine down to 0."""
+    """Learning rate of step `step` (from 0) as a share of its peak: a line up, then half a cosine down to 0."""
     rising = max(1, round(warmup * steps))
     if step < rising:
         return (step + 1) / rising
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-def _groups(model: nn.Module, weight_decay: float) -> list[dict]:
+def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Parameters with two axes or more are decayed; biases and the scales of norms are not."""
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    free = [p for p in model.parameters() if p.ndim <= 1]
+    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    free = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
-
-
-def _normaliser(data: ImageData, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-    """uint8 [B, C, H, W] to float with mean 0 and deviation 1 in every channel of the training images."""
-    mean, deviation = (torch.tensor(values, device=device).view(-1, 1, 1) for values in data.statistics())
-    return lambda images: (images.to(device).float() - mean) / deviation
-
-
-def _batches(
-    data: ImageData, batch_size: int, count: int, recipe: TrainConfig, generator: torch.Generator
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """`count` batches of the training images in a new order, uint8 [B, C, H, W] and int64 [B]."""
-    order = torch.randperm(len(data.train_labels), generator=generator)
-    for chosen in order[: count * batch_size].split(batch_size):
-        images = data.train_images[chosen]
-        if recipe.crop_padding or recipe.flip:
-            images = crop_and_flip(images, padding=recipe.crop_padding, flip=recipe.flip, generator=generator)
-        yield images, data.train_labels[chosen]

@@ -44,7 +44,7 @@ def by_loop(mixer, attend, places, kernel_size, dilation=1, causal=False, border
             return mixer.rpb[(slice(None), *offset)]
 
         q, k, v = mixer.qkv(x).reshape(batch, len(where), 3, HEADS, -1).unbind(2)
-        return mixer.proj(attend(q, k, v, sources, bias)).view(batch, *grid, -1)
+        return mixer.proj(attend(q, k, v, sources, bias if mixer.position_bias else None)).view(batch, *grid, -1)
 
     return oracle
 
@@ -76,6 +76,17 @@ def test_is_the_loop(build, check, tokens, attend, places, grid, kernel_size, di
 def test_causal_is_the_loop(build, check, tokens, attend, places, grid, kernel_size, dilation):
     mixer = build(spec_of(kernel_size, dilation=dilation, causal=True, rank=len(grid)), DIM)
     check(mixer, by_loop(mixer, attend, places, kernel_size, dilation, causal=True), tokens(2, *grid, DIM))
+
+
+@pytest.mark.parametrize("border", ["masked", "shifted"])
+@pytest.mark.parametrize(("grid", "kernel_size", "dilation"), [SIZES[0], SIZES[2], SIZES[9]])
+def test_without_position_bias_is_the_loop_without(
+    build, check, tokens, attend, places, grid, kernel_size, dilation, border
+):
+    mixer = build(spec_of(kernel_size, dilation=dilation, border=border, position_bias=False, rank=len(grid)), DIM)
+    assert {name for name, _ in mixer.named_parameters()} == {"qkv.weight", "qkv.bias", "proj.weight", "proj.bias"}
+    check(mixer, by_loop(mixer, attend, places, kernel_size, dilation, border=border), tokens(2, *grid, DIM))
+    assert set(mixer.scores(tokens(1, *grid, DIM))) == {"content"}
 
 
 def test_without_qkv_bias_is_the_loop(build, check, tokens, attend, places):

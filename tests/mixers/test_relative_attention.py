@@ -113,6 +113,21 @@ def test_without_qkv_bias_is_the_loop(build, check, tokens, attend, places):
 
 
 @pytest.mark.parametrize("after_softmax", [False, True])
+def test_without_position_bias_is_attention_without(build, check, tokens, attend, places, after_softmax):
+    mixer = build(spec_of((3, 4), after_softmax=after_softmax, position_bias=False), DIM)
+    assert {name for name, _ in mixer.named_parameters()} == {"qkv.weight", "qkv.bias", "proj.weight", "proj.bias"}
+
+    def oracle(x, valid=None):
+        q, k, v = mixer.qkv(x).reshape(2, 12, 3, HEADS, -1).unbind(2)
+        everywhere = torch.ones(2, 3, 4, dtype=torch.bool) if valid is None else valid
+        return mixer.proj(attend(q, k, v, lambda b, i: everywhere[b].flatten().nonzero()[:, 0].tolist())).view(x.shape)
+
+    check(mixer, oracle, tokens(2, 3, 4, DIM))
+    check(mixer, oracle, tokens(2, 3, 4, DIM), valid=torch.rand(2, 3, 4) < 0.6)
+    assert set(mixer.scores(tokens(1, 3, 4, DIM))) == {"content"}
+
+
+@pytest.mark.parametrize("after_softmax", [False, True])
 @pytest.mark.parametrize("grid", [(3, 4), (5, 2)])
 @pytest.mark.parametrize("impl", ["reference", "fast"])
 def test_zero_table_is_self_attention(build, tokens, grid, after_softmax, impl):

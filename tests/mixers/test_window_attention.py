@@ -93,7 +93,7 @@ def by_loop(mixer, attend, places, window, shift):
             return mixer.relative_position_bias_table[row]
 
         q, k, v = mixer.qkv(x).reshape(batch, len(where), 3, HEADS, -1).unbind(2)
-        return mixer.proj(attend(q, k, v, sources, bias)).view(batch, *grid, -1)
+        return mixer.proj(attend(q, k, v, sources, bias if mixer.position_bias else None)).view(batch, *grid, -1)
 
     return oracle
 
@@ -105,6 +105,14 @@ def by_loop(mixer, attend, places, window, shift):
 def test_masked_padding_is_the_loop(build, check, tokens, attend, places, grid, window, shift):
     mixer = build(spec_of(window, shift, rank=len(grid)), DIM)
     check(mixer, by_loop(mixer, attend, places, window, shift), tokens(2, *grid, DIM))
+
+
+@pytest.mark.parametrize(("grid", "window", "shift"), [((7, 9), 4, 2), ((11,), 4, 3)])
+def test_without_position_bias_is_the_loop_without(build, check, tokens, attend, places, grid, window, shift):
+    mixer = build(spec_of(window, shift, position_bias=False, rank=len(grid)), DIM)
+    assert {name for name, _ in mixer.named_parameters()} == {"qkv.weight", "qkv.bias", "proj.weight", "proj.bias"}
+    check(mixer, by_loop(mixer, attend, places, window, shift), tokens(2, *grid, DIM))
+    assert set(mixer.scores(tokens(1, *grid, DIM))) == {"content"}
 
 
 @pytest.mark.parametrize("mask_padding", [True, False])

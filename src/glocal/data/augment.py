@@ -32,3 +32,20 @@ def crop_and_flip(
     item = torch.arange(batch, device=device)[:, None, None]
     # Indices apart from each other put their axes first: the result is [B, H, W, C].
     return padded[item, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def randaugment(images: torch.Tensor, num_ops: int) -> torch.Tensor:
+    """RandAugment on every image by itself: `num_ops` operations of magnitude 9 of 30.
+
+    Random numbers come from PyTorch's global state.
+
+    Args:
+        images: uint8 [B, C, H, W] with C = 1 or 3.
+        num_ops: Operations an image.
+
+    Source: Cubuk, Zoph, Shlens, Le, "RandAugment", NeurIPS 2020, arXiv 1909.13719; torchvision's implementation.
+    """
+    from torchvision.transforms import v2
+
+    transform = v2.RandAugment(num_ops)  # draws once a call, so it is called for every image
+    return torch.stack([transform(image) for image in images])

@@ -17,13 +17,19 @@ import torch
 from glocal.data.images import ImageData
 
 _UNSIGNED_BYTE = 8
-# Names of the four files, without ".gz"; EMNIST puts the name of its variant in front.
+_OTHER_TYPES = {9: "signed bytes", 11: "16-bit integers", 12: "32-bit integers", 13: "floats", 14: "doubles"}
+# Names of the four files, without ".gz"; EMNIST puts the name of its variant in front, some copies of MNIST have a dot
+# before "idx".
 _FILES: dict[str, tuple[str, ...]] = {
-    "train_images": ("train-images-idx3-ubyte",),
-    "train_labels": ("train-labels-idx1-ubyte",),
-    "test_images": ("t10k-images-idx3-ubyte", "test-images-idx3-ubyte"),
-    "test_labels": ("t10k-labels-idx1-ubyte", "test-labels-idx1-ubyte"),
-}
+    "train_images": ("train-images-idx3-ubyte", "train-images.idx3-ubyte"),
+    "train_labels": ("train-labels-idx1-ubyte", "train-labels.idx1-ubyte"),
+    "test_images": (
+        "t10k-images-idx3-ubyte", "test-images-idx3-ubyte", "t10k-images.idx3-ubyte", "test-images.idx3-ubyte",
+    ),
+    "test_labels": (
+        "t10k-labels-idx1-ubyte", "test-labels-idx1-ubyte", "t10k-labels.idx1-ubyte", "test-labels.idx1-ubyte",
+    ),
+}  # fmt: skip
 
 
 def find_idx(folder: Path) -> dict[str, Path] | None:
@@ -40,7 +46,9 @@ def find_idx(folder: Path) -> dict[str, Path] | None:
         for role, paths in found.items():
             expected = _FILES[role][0]
             if not paths:
-                raise ValueError(f"{place}: {expected} (or {expected}.gz) is missing beside the other idx files")
+                raise ValueError(
+                    f"{place}: {expected} (or {expected}.gz) is missing beside the other idx files; add it"
+                )
             if len(paths) > 1:
                 raise ValueError(
                     f"{place}: both {paths[0].name} and {paths[1].name} could be the {role.replace('_', ' ')}; "
@@ -63,6 +71,7 @@ def read_idx(path: Path, axes: int) -> np.ndarray:
 
     Raises:
         ValueError: The file is no idx file of unsigned bytes with that many axes, or is cut short or too long.
+        OSError: It cannot be read at all.
     """
     try:
         content = path.read_bytes()
@@ -70,10 +79,15 @@ def read_idx(path: Path, axes: int) -> np.ndarray:
             content = gzip.decompress(content)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}: not a whole gzip file ({error}); download it again") from error
+    if len(content) >= 4 and content[:2] == b"\0\0" and content[2] in _OTHER_TYPES and content[3] == axes:
+        raise ValueError(
+            f"{path}: holds {_OTHER_TYPES[content[2]]} (type 0x{content[2]:02x}); only unsigned bytes (type 0x08) are "
+            "read; save its values, 0 to 255, as those"
+        )
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] != _UNSIGNED_BYTE or content[3] != axes:
         raise ValueError(
             f"{path}: begins with 0x{content[:4].hex() or '(nothing)'}, not with 0x0000080{axes}; "
-            f"it is no idx file of unsigned bytes with {axes} {'axis' if axes == 1 else 'axes'}"
+            f"it is no idx file of unsigned bytes with {axes} {'axis' if axes == 1 else 'axes'}; download it again"
         )
     header = 4 + 4 * axes
     if len(content) < header:
@@ -104,18 +118,22 @@ def idx_data(name: str, files: dict[str, Path]) -> ImageData:
         images[split], labels[split] = read_idx(image_path, 3), read_idx(label_path, 1)
         if len(images[split]) != len(labels[split]):
             raise ValueError(
-                f"{image_path} holds {len(images[split])} images, but {label_path} {len(labels[split])} labels"
+                f"{image_path} holds {len(images[split])} images, but {label_path} {len(labels[split])} labels; "
+                "download both again"
             )
         if images[split].size == 0:
-            raise ValueError(f"{image_path} holds no image")
+            raise ValueError(f"{image_path} holds no image; download it again")
     if images["train"].shape[1:] != images["test"].shape[1:]:
         raise ValueError(
             f"{files['train_images']} has images of {images['train'].shape[1:]} pixels, but "
-            f"{files['test_images']} of {images['test'].shape[1:]}"
+            f"{files['test_images']} of {images['test'].shape[1:]}; keep the files of one data set in a folder"
         )
     unseen = sorted(set(np.unique(labels["test"])) - set(np.unique(labels["train"])))
     if unseen:
-        raise ValueError(f"{files['test_labels']}: label {unseen[0]} does not occur in {files['train_labels']}")
+        raise ValueError(
+            f"{files['test_labels']}: label {unseen[0]} does not occur in {files['train_labels']}; "
+            "keep the files of one data set in a folder"
+        )
     # Copies, because a tensor over a read-only buffer may be written to by mistake.
     return ImageData(
         name=name,

@@ -16,8 +16,11 @@ class ImageData:
         test_images: uint8 [M, C, H, W].
         test_labels: int64 [M].
         classes: Name of every label.
-        kind: "probe" (generated), "idx" or "folder"; it chooses the augmentation and the default epochs.
-        note: What was done to the images on the way in, as one sentence for the report; may be empty.
+        kind: "probe" (generated), "digits" (embedded), "idx" or "folder"; it chooses the augmentation and the default
+            epochs.
+        note: What was done to the images on the way in, in sentences for the report; may be empty.
+        val_images: uint8 [V, C, H, W], a validation split, only if the data brought one beside training and test.
+        val_labels: int64 [V], with `val_images`.
     """
 
     name: str
@@ -28,6 +31,8 @@ class ImageData:
     classes: tuple[str, ...]
     kind: str
     note: str = ""
+    val_images: torch.Tensor | None = None
+    val_labels: torch.Tensor | None = None
 
     @property
     def in_chans(self) -> int:

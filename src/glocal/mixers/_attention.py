@@ -53,6 +53,12 @@ class Attention(TokenMixer):
         return tokens * (3 * self.dim * self.out_dim + self.out_dim * self.out_dim)
 
 
+def sum_of(scores: dict[str, Tensor]) -> Tensor:
+    """The terms before the softmax, added up: the content alone, or content and position."""
+    first, *others = scores.values()
+    return sum(others, first)
+
+
 def masked_softmax(scores: Tensor, seen: Tensor | None) -> Tensor:
     """Softmax over the last axis where `seen`; a row that sees nothing is all zero, never NaN."""
     if seen is None:

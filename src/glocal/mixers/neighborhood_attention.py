@@ -10,7 +10,7 @@ from torch import Tensor
 from glocal.aggregation import Aggregation, grid_positions
 from glocal.arguments import flag, odd_kernel, per_axis, positive
 from glocal.kernels import gathered_scores, gathered_sum
-from glocal.mixers._attention import Attention, masked_softmax, table_parameter
+from glocal.mixers._attention import Attention, masked_softmax, sum_of, table_parameter
 from glocal.mixers._grid import extents, join, pick_or_zero, taps
 
 
@@ -28,6 +28,7 @@ class NeighborhoodAttention(Attention):
         border: "masked": neighbors centred on the query, those outside the grid are not seen. "shifted": the
             neighborhood is moved inward so that all of it lies inside; an axis with fewer tokens uses them all.
         qkv_bias: whether q, k and v have biases.
+        position_bias: whether B is there; without it only the neighborhood's cut knows of positions.
         rank: 2 for images, 1 for sequences.
 
     Shape:
@@ -49,6 +50,7 @@ class NeighborhoodAttention(Attention):
         "NeighborhoodAttention(kernel_size=(3, 5), num_heads=2, border='shifted')",
         "NeighborhoodAttention(kernel_size=3, num_heads=4, dilation=2, border='shifted', qkv_bias=False)",
         "NeighborhoodAttention(kernel_size=4, num_heads=4, dilation=2, causal=True, rank=1)",
+        "NeighborhoodAttention(kernel_size=3, num_heads=4, position_bias=False)",
     )
 
     def __init__(
@@ -62,6 +64,7 @@ class NeighborhoodAttention(Attention):
         causal: bool = False,
         border: Literal["masked", "shifted"] = "masked",
         qkv_bias: bool = True,
+        position_bias: bool = True,
         rank: int = 2,
     ) -> None:
         super().__init__(dim, num_heads=num_heads, head_dim=head_dim, qkv_bias=qkv_bias, rank=rank)
@@ -72,14 +75,15 @@ class NeighborhoodAttention(Attention):
         self.kernel_size, self.dilation = kernel_size, positive("dilation", dilation)
         self.causal, self.border = flag("causal", causal), border
         self._kernel = (per_axis if causal else odd_kernel)("kernel_size", kernel_size, rank)
-        self.rpb = table_parameter(self.num_heads, *(2 * k - 1 for k in self._kernel))
+        self.position_bias = flag("position_bias", position_bias)
+        self.rpb = table_parameter(self.num_heads, *(2 * k - 1 for k in self._kernel)) if position_bias else None
 
     def scores(self, x: Tensor, *, valid: Tensor | None = None, queries: Tensor | None = None) -> dict[str, Tensor]:
         index, bias = self._neighbors(x, valid, queries)
         q = self.heads(x, 0)
         q = q if queries is None else q[:, queries]
         content = torch.einsum("bngd,bnkgd->bgnk", q, pick_or_zero(self.heads(x, 1), index))
-        return {"content": content, "position": bias}
+        return {"content": content} if bias is None else {"content": content, "position": bias}
 
     def weights(self, x: Tensor, *, valid: Tensor | None = None, queries: Tensor | None = None) -> Aggregation:
         grid = tuple(x.shape[1:-1])
@@ -87,7 +91,7 @@ class NeighborhoodAttention(Attention):
         scores = self._scores(x, valid=valid, queries=queries)
         places = grid_positions(grid, device=x.device)
         return Aggregation(
-            masked_softmax(scores["content"] + scores["position"], _seen(index, valid)[:, None]),
+            masked_softmax(sum_of(scores), _seen(index, valid)[:, None]),
             index[:, None],
             math.prod(grid),
             places if queries is None else places[queries],
@@ -99,15 +103,17 @@ class NeighborhoodAttention(Attention):
     def fast(self, x: Tensor, values: Tensor, *, valid: Tensor | None = None) -> Tensor:
         index, bias = self._neighbors(x, valid, None)
         content = gathered_scores(self.heads(x, 0), self.heads(x, 1), index)  # [B, N, heads, K]
-        weights = masked_softmax(content + bias.transpose(1, 2).to(content.dtype), _seen(index, valid)[:, :, None])
+        if bias is not None:
+            content = content + bias.transpose(1, 2).to(content.dtype)
+        weights = masked_softmax(content, _seen(index, valid)[:, :, None])
         return self.proj(gathered_sum(weights, values, index).flatten(2))
 
     def macs(self, grid: Sequence[int]) -> int:
         n = math.prod(grid)
         return self._projection_macs(n) + 2 * n * math.prod(self._kernel) * self.dim
 
-    def _neighbors(self, x: Tensor, valid: Tensor | None, queries: Tensor | None) -> tuple[Tensor, Tensor]:
-        """[B|1, N, K] sources of each query, and [B|1, heads, N|1, K] the bias of each."""
+    def _neighbors(self, x: Tensor, valid: Tensor | None, queries: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """[B|1, N, K] sources of each query, and [B|1, heads, N|1, K] the bias of each, if there is one."""
         grid, shifted = x.shape[1:-1], self.border == "shifted"
         size = extents(valid) if valid is not None and shifted else None
         sources, offsets = [], []
@@ -126,7 +132,7 @@ class NeighborhoodAttention(Attention):
         if queries is not None:
             index = index[:, queries]
             entry = entry[:, queries] if entry.shape[1] > 1 else entry
-        return index, self.rpb.flatten(1)[:, entry].transpose(0, 1)
+        return index, None if self.rpb is None else self.rpb.flatten(1)[:, entry].transpose(0, 1)
 
 
 def shifted_neighbors(

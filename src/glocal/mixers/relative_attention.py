@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from glocal.aggregation import Aggregation, grid_positions
 from glocal.arguments import flag, per_axis
-from glocal.mixers._attention import Attention, add_position, mask_bias, masked_softmax, sdpa, table_parameter
+from glocal.mixers._attention import Attention, add_position, mask_bias, masked_softmax, sdpa, sum_of, table_parameter
 from glocal.mixers._grid import extents
 
 
@@ -24,6 +24,7 @@ class RelativeAttention(Attention):
         num_heads, head_dim: one of them; head_dim 32 where neither is given.
         out_dim: channels of q, k, v and the output; dim by default.
         qkv_bias: whether q, k and v have biases.
+        position_bias: whether P is there; without it this is `SelfAttention`.
         after_softmax: A = softmax(q k^T / sqrt(D)) + P, the paper's "post" variant.
 
     Shape:
@@ -43,6 +44,7 @@ class RelativeAttention(Attention):
         "RelativeAttention(grid_size=(8, 8), num_heads=4)",
         "RelativeAttention(grid_size=(13, 7), num_heads=2, out_dim=48, after_softmax=True)",
         "RelativeAttention(grid_size=(16,), num_heads=4, qkv_bias=False)",
+        "RelativeAttention(grid_size=(8, 8), num_heads=4, position_bias=False)",
     )
 
     def __init__(
@@ -54,6 +56,7 @@ class RelativeAttention(Attention):
         head_dim: int | None = None,
         out_dim: int | None = None,
         qkv_bias: bool = True,
+        position_bias: bool = True,
         after_softmax: bool = False,
     ) -> None:
         if isinstance(grid_size, int):
@@ -66,29 +69,27 @@ class RelativeAttention(Attention):
         )
         self.grid_size = per_axis("grid_size", grid_size, len(grid_size))
         self.after_softmax = flag("after_softmax", after_softmax)
-        self.relative_position_bias_table = table_parameter(self.num_heads, *(2 * n - 1 for n in grid_size))
+        self.position_bias = flag("position_bias", position_bias)
+        sides = [2 * n - 1 for n in grid_size]
+        self.relative_position_bias_table = table_parameter(self.num_heads, *sides) if position_bias else None
 
     def scores(
         self, x: Tensor, *, valid: Tensor | None = None, pos_embed: Tensor | None = None, queries: Tensor | None = None
     ) -> dict[str, Tensor]:
-        content = self._content(x, pos_embed, queries)
-        return (
-            {"content": content}
-            if self.after_softmax
-            else {"content": content, "position": self._bias(x, valid, queries)}
-        )
+        scores = {"content": self._content(x, pos_embed, queries)}
+        if self.position_bias and not self.after_softmax:
+            scores["position"] = self._bias(x, valid, queries)
+        return scores
 
     def weights(
         self, x: Tensor, *, valid: Tensor | None = None, pos_embed: Tensor | None = None, queries: Tensor | None = None
     ) -> Aggregation:
         grid = tuple(x.shape[1:-1])
         seen = None if valid is None else valid.flatten(1)[:, None, None]
-        content, bias = self._content(x, pos_embed, queries), self._bias(x, valid, queries)
-        if self.after_softmax:
-            weights = masked_softmax(content, seen) + bias
+        weights = masked_softmax(sum_of(self._scores(x, valid=valid, pos_embed=pos_embed, queries=queries)), seen)
+        if self.position_bias and self.after_softmax:
+            weights = weights + self._bias(x, valid, queries)
             weights = weights if seen is None else weights * seen
-        else:
-            weights = masked_softmax(content + bias, seen)
         places = grid_positions(grid, device=x.device)
         return Aggregation(
             weights,
@@ -104,8 +105,11 @@ class RelativeAttention(Attention):
         self, x: Tensor, values: Tensor, *, valid: Tensor | None = None, pos_embed: Tensor | None = None
     ) -> Tensor:
         x_at = add_position(x, pos_embed)
-        q, k, position = self.heads(x_at, 0), self.heads(x_at, 1), self._bias(x, valid, None).to(x.dtype)
+        q, k = self.heads(x_at, 0), self.heads(x_at, 1)
         mask = None if valid is None else mask_bias(valid.flatten(1)[:, None, None], q.dtype)
+        if not self.position_bias:
+            return self.proj(sdpa(q, k, values, bias=mask))
+        position = self._bias(x, valid, None).to(x.dtype)
         if not self.after_softmax:
             return self.proj(sdpa(q, k, values, bias=position if mask is None else position + mask))
         static = torch.einsum("bgnm,bmgd->bngd", position, values).flatten(2)
@@ -131,6 +135,7 @@ class RelativeAttention(Attention):
 
     def _bias_at(self, size: Sequence[int], grid: Sequence[int], queries: Tensor | None) -> Tensor:
         """[heads, N, N] on `grid`, with the table resized for `size`, which lies inside it."""
+        assert self.relative_position_bias_table is not None
         shape = [2 * max(n, 1) - 1 for n in size]
         mode = "linear" if self.rank == 1 else "bilinear"
         table = nn.functional.interpolate(self.relative_position_bias_table[None], size=shape, mode=mode)[0]

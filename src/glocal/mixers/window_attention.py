@@ -8,7 +8,7 @@ from torch import Tensor
 
 from glocal.aggregation import Aggregation, grid_positions
 from glocal.arguments import flag, per_axis, shift
-from glocal.mixers._attention import Attention, mask_bias, masked_softmax, sdpa, table_parameter
+from glocal.mixers._attention import Attention, mask_bias, masked_softmax, sdpa, sum_of, table_parameter
 from glocal.mixers._grid import Windows, extents, masked_windows, pick, pick_or_zero, rolled_windows
 
 
@@ -24,6 +24,7 @@ class WindowAttention(Attention):
         shift_size: moves the windows, on all axes longer than the window, so that they end at
             shift_size + m * window_size.
         qkv_bias: whether q, k and v have biases.
+        position_bias: whether B is there; without it only the window's cut knows of positions.
         mask_padding: empty places of windows at the border are not seen. False: timm's behaviour at sizes that
             are no multiple of the window, where zero tokens take part and shifted windows wrap around.
         rank: 2 for images, 1 for sequences.
@@ -47,6 +48,7 @@ class WindowAttention(Attention):
         "WindowAttention(window_size=(5, 3), num_heads=2, shift_size=2, qkv_bias=False)",
         "WindowAttention(window_size=4, num_heads=4, shift_size=2, mask_padding=False)",
         "WindowAttention(window_size=5, num_heads=4, shift_size=2, rank=1)",
+        "WindowAttention(window_size=4, num_heads=4, shift_size=2, position_bias=False)",
     )
 
     def __init__(
@@ -58,6 +60,7 @@ class WindowAttention(Attention):
         head_dim: int | None = None,
         shift_size: int = 0,
         qkv_bias: bool = True,
+        position_bias: bool = True,
         mask_padding: bool = True,
         rank: int = 2,
     ) -> None:
@@ -65,7 +68,9 @@ class WindowAttention(Attention):
         self.window_size, self.mask_padding = window_size, flag("mask_padding", mask_padding)
         self._window = per_axis("window_size", window_size, rank)
         self.shift_size = shift(shift_size, self._window)
-        self.relative_position_bias_table = table_parameter(math.prod(2 * w - 1 for w in self._window), self.num_heads)
+        self.position_bias = flag("position_bias", position_bias)
+        entries = math.prod(2 * w - 1 for w in self._window)
+        self.relative_position_bias_table = table_parameter(entries, self.num_heads) if position_bias else None
 
     def values(self, source: Tensor) -> Tensor:
         return self.heads(self._padded(source), 2)
@@ -76,8 +81,10 @@ class WindowAttention(Attention):
         q = self.heads(x, 0)
         k = pick_or_zero(self.heads(self._padded(x), 1), index)
         q = q if queries is None else q[:, queries]
-        bias = self._bias(windows)[:, place]  # [heads, B|1, N, K]
-        return {"content": torch.einsum("bngd,bnkgd->bgnk", q, k), "position": bias.transpose(0, 1)}
+        scores = {"content": torch.einsum("bngd,bnkgd->bgnk", q, k)}
+        if self.position_bias:
+            scores["position"] = self._bias(windows)[:, place].transpose(0, 1)  # [B|1, heads, N, K]
+        return scores
 
     def weights(self, x: Tensor, *, valid: Tensor | None = None, queries: Tensor | None = None) -> Aggregation:
         windows, grid = self._windows(x, valid), tuple(x.shape[1:-1])
@@ -86,7 +93,7 @@ class WindowAttention(Attention):
         sources = grid if self.mask_padding else self._padded_grid(grid)
         places = grid_positions(grid, device=x.device)
         return Aggregation(
-            masked_softmax(scores["content"] + scores["position"], index >= 0),
+            masked_softmax(sum_of(scores), index >= 0),
             index,
             math.prod(sources),
             places if queries is None else places[queries],
@@ -103,7 +110,9 @@ class WindowAttention(Attention):
             pick_or_zero(t, sources).flatten(0, 1) for t in (self.heads(padded, 0), self.heads(padded, 1), values)
         )
         seen = (sources >= 0)[:, :, None] & windows.together()
-        bias = self._bias(windows) + mask_bias(seen, x.dtype)[:, :, None]  # [B|1, W, heads, K, K]
+        bias = mask_bias(seen, x.dtype)[:, :, None]
+        if self.position_bias:
+            bias = self._bias(windows) + bias  # [B|1, W, heads, K, K]
         bias = bias.expand(x.shape[0], -1, -1, -1, -1).flatten(0, 1)
         mixed = sdpa(q, k, v, bias=bias).view(x.shape[0], sources.shape[1] * sources.shape[2], self.dim)
         window, place = windows.where()
@@ -144,6 +153,7 @@ class WindowAttention(Attention):
 
     def _bias(self, windows: Windows) -> Tensor:
         """[heads, K, K]."""
+        assert self.relative_position_bias_table is not None
         return self.relative_position_bias_table[windows.offsets(self._window)].movedim(-1, 0)
 
     def _padded_grid(self, grid: Sequence[int]) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
-"""Reports: plain results in, one self-contained HTML file out. No network, no script, all text escaped."""
+"""Reports: plain results in; one self-contained HTML file, a picture, or tables for other programs out."""
 
-from glocal.report.comparison import compare_report
+from glocal.report.comparison import accuracy_picture, compare_report
+from glocal.report.export import results_csv, results_latex
 
-__all__ = ["compare_report"]
+__all__ = ["accuracy_picture", "compare_report", "results_csv", "results_latex"]

@@ -1,33 +1,69 @@
-"""The report of `glocal compare`."""
+"""The report of `glocal compare`, and its main picture on its own."""
 
 from importlib.resources import files
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
-from glocal.report.curves import Line, line_chart, stroke
+from glocal.report import answers, insights, variations
+from glocal.report.accuracy import is_sequence, side_by_side
+from glocal.report.drawing import DARK, INKS, LIGHT, light_inks, style
+from glocal.report.page import unbroken
+from glocal.report.study import Study
 
 
 def compare_report(results: dict[str, Any]) -> str:
-    """The report as one HTML file, from what `results.json` holds."""
+    """The report as one HTML file that needs nothing else, from what `results.json` holds.
+
+    Sections for which the study has nothing are left out; an unfinished study is reported as far as it goes.
+    """
+    study = Study(results)
+    made = [
+        make(study)
+        for make in (
+            answers.verdicts,
+            answers.picture,
+            answers.tables,
+            variations.data_size,
+            insights.capacity,
+            insights.pareto,
+            variations.transfer,
+            variations.ablated,
+            insights.curves,
+            insights.confusions,
+            insights.hardest,
+            variations.widths,
+            insights.method,
+        )
+    ]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(files("glocal.report").joinpath("comparison.html").read_text("utf-8"))
-    candidates = results["candidates"]
-    charts = {
-        quantity: line_chart(
-            title,
-            unit,
-            [
-                Line(f"{candidate['name']}, seed {curve['seed']}", curve[quantity], i)
-                for i, candidate in enumerate(candidates)
-                for curve in candidate["curves"]
-            ],
-        )
-        for quantity, title, unit in (
-            ("test_accuracy", "Test accuracy after every epoch", "test accuracy, %"),
-            ("train_loss", "Training loss in every epoch", "training loss"),
-        )
-    }
-    strokes = [stroke(i) for i in range(len(candidates))]
-    best = max((c["test_accuracy"]["mean"] for c in candidates), default=None)
-    return template.render(results=results, candidates=candidates, charts=charts, strokes=strokes, best=best)
+    variables = {name: f"var(--{name})" for name in INKS}
+    return template.render(
+        data=[study.label(name) for name in study.datasets],
+        runs=results.get("runs") or {"finished": 0, "planned": 0},
+        sections=[section for section in made if section is not None],
+        light={**light_inks(), **{f"c{i}": colour for i, colour in enumerate(LIGHT)}},
+        dark={**{name: dark for name, (_, dark) in INKS.items()}, **{f"c{i}": colour for i, colour in enumerate(DARK)}},
+        unbroken=unbroken,
+        rules=Markup(style(variables, [f"var(--c{i})" for i in range(len(LIGHT))])),
+    )
+
+
+def accuracy_picture(results: dict[str, Any]) -> str:
+    """The report's main picture, a panel for each data set, as the text of an SVG file that stands alone.
+
+    It shows the largest share of the data and the reference width; colours are those of light ground.
+    """
+    study = Study(results)
+    panels = answers.panels(study, study.main())
+    key = "bar: mean · band: 95 % interval · dots: seeds"
+    if panels and all(is_sequence([row.label for row in panel.rows]) for panel in panels):
+        key += " · C: convolution · T: attention over the whole image"
+    return side_by_side(
+        panels,
+        "Test accuracy, from local to global" if "C:" in key else "Test accuracy",
+        key,
+        style(light_inks(), LIGHT),
+    )

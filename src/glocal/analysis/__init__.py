@@ -1,0 +1,1 @@
+"""Instruments: what a model computes, what it costs, what it looks at."""

@@ -1,0 +1,1 @@
+"""Tasks: a network for the data, its criterion, and what its outputs mean."""
