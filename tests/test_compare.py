@@ -164,6 +164,7 @@ def test_an_interrupted_comparison_keeps_its_runs(folder, monkeypatch):
         "planned": 4,
     }
     assert results["verdicts"][0]["winner"] is None
+    assert results["verdicts"][0]["sentence"].startswith("Runs are missing. So far: ")
     assert "Not complete" in (folder / "out" / "report.html").read_text()
 
 
@@ -303,6 +304,45 @@ def test_the_learning_rate_is_chosen_on_validation_images(folder, in_process, mo
         assert candidate["lr"] == pytest.approx(max(runs[candidate["name"]])[-1])
 
 
+def test_tuning_looks_at_nothing_that_was_not_tuned(folder, in_process):
+    compare(config(folder), quiet=True)
+    in_process.clear()
+    results = compare(config(folder, tune="lr", epochs=1), quiet=True)
+    again = compare(config(folder, tune="lr", epochs=1, out=folder / "new"), quiet=True)
+    for one, other in zip(results["candidates"], again["candidates"], strict=True):
+        assert one["lr"] == other["lr"] and one["test_accuracy"] == other["test_accuracy"]
+        assert one["fit"] == other["fit"] and one["curves"] == other["curves"]
+
+
+def test_a_rate_that_diverges_is_not_chosen(folder, monkeypatch):
+    original = training.train
+
+    def train(run, data, out=None, **rest):
+        if run.data.validation and run.train.lr > 2.1e-3:
+            raise training.NotFinite("the loss is nan")
+        return original(run, data, out, **rest)
+
+    def run_all(jobs, data, progress, workers=None):
+        for i, job in jobs.items():
+            try:
+                train(job.config, data[job.config.data.source], job.folder)
+            except training.NotFinite:
+                assert job.may_diverge
+            yield i
+
+    monkeypatch.setattr(comparison, "run_all", run_all)
+    results = compare(config(folder, tune="lr"), quiet=True)
+    assert all(c["lr"] < 2.1e-3 and len(c["seeds"]) == 2 for c in results["candidates"])
+
+
+def test_the_same_run_under_two_names_is_done_once(folder, in_process):
+    compare(config(folder, widths=(1.0, 2.0), models=("timm:resnet10t",), seeds=(1,), layouts=("C-C-T-T",)), quiet=True)
+    assert sum("resnet10t" in label for label in in_process) == 1
+    write_digits(folder / "copy")
+    with pytest.raises(ValueError, match="hold the same images; name one of them"):
+        compare(config(folder, data=(str(folder / "data"), str(folder / "copy"))), quiet=True)
+
+
 def test_networks_go_on_to_other_data(folder, in_process):
     write_colours(folder / "colours")
     asked = config(folder, then=str(folder / "colours"), seeds=(1,))
@@ -363,7 +403,9 @@ def test_one_seed_and_one_candidate_have_no_interval(folder):
 def test_the_recipe_follows_the_kind_of_data():
     def data(kind):
         images = torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
-        return ImageData("recall" if kind == "probe" else "x", images, torch.arange(2), images, torch.arange(2), ("a", "b"), kind)
+        return ImageData(
+            "recall" if kind == "probe" else "x", images, torch.arange(2), images, torch.arange(2), ("a", "b"), kind
+        )
 
     probe, idx, folder, digits = (recipe(data(kind), None) for kind in ("probe", "idx", "folder", "digits"))
     assert (probe.crop_padding, probe.flip) == (0, False) == (digits.crop_padding, digits.flip)
@@ -381,6 +423,8 @@ def test_the_recipe_follows_the_kind_of_data():
         ({"epochs": 0}, "--epochs: 0; it must be at least 1"),
         ({"folds": 1}, "--folds: 1; it must be at least 2, or 0"),
         ({"folds": -2}, "--folds: -2; it must be at least 2, or 0"),
+        ({"folds": 3, "tune": "lr"}, "--tune: validation images of one fold are test images of the others"),
+        ({"widths": (float("inf"),)}, "--widths: inf; it must be above 0"),
         ({"folds": 40}, "fold"),  # more than a class has images
         ({"data_fractions": (0.5, 0)}, "--data-fractions: 0; it must be above 0 and at most 1"),
         ({"data_fractions": (1.5,)}, "--data-fractions: 1.5; it must be above 0 and at most 1"),

@@ -78,7 +78,7 @@ def test_no_is_no():
         ("sed: 1", "sed: unknown; did you mean 'seed'?"),
         ("train: {epoch: 1}", "train.epoch: unknown; did you mean 'train.epochs'?"),
         ("lr: 1", "lr: unknown; did you mean 'train.lr'?"),
-        ("1: 2", "1: unknown; valid are data, model, train, seed, weights"),
+        ("1: 2", "1: unknown; valid are data, model, train, seed, weights, new_head"),
         ("seed: 1.0", "seed: 1.0 must be a whole number"),
         ("seed: true", "seed: True must be a whole number"),
         ("seed: '1'", "seed: '1' must be a whole number"),

@@ -139,7 +139,7 @@ def by_hand(config, data, steps):
         else:
             for name, value in state.items():
                 mixed = recipe.ema * averaged[name] + (1 - recipe.ema) * value
-                averaged[name] = mixed.to(value.dtype)
+                averaged[name] = mixed if value.is_floating_point() else value  # counts are no averages
     return losses, state, averaged
 
 
@@ -397,6 +397,10 @@ def test_a_run_starts_from_weights_with_a_new_head(tmp_path):
     three = dataclasses.replace(
         easy(), train_labels=torch.arange(64) % 3, test_labels=torch.arange(20) % 3, classes=tuple("abc")
     )
+    two = Backbone("C-T", in_chans=1, num_classes=2, img_size=8, dims=(32, 32))
+    new = two.head.fc.weight.clone()
+    training.start_from(two, tmp_path / "first" / "weights.safetensors", new_head=True)
+    assert torch.equal(two.head.fc.weight, new)  # though the other would fit
     model = Backbone("C-T", in_chans=1, num_classes=3, img_size=8, dims=(32, 32))
     head = model.head.fc.weight.clone()
     training.start_from(model, tmp_path / "first" / "weights.safetensors")

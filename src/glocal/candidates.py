@@ -74,8 +74,7 @@ def entries(config: CompareConfig) -> list[Entry]:
     hosts = [layout for layout in layouts if "T" in parse_layout(layout)] or [_LAYOUT_OF_MIXERS]
     for mixer in config.mixers:
         for host in hosts:
-            quoted = f"'{mixer}'" if ".py:" in mixer and "'" not in mixer else mixer
-            stages = [quoted if entry == "T" else _quoted(entry) for entry in parse_layout(host)]
+            stages = [_quoted(mixer if entry == "T" else entry) for entry in parse_layout(host)]
             found.append(Entry(f"{mixer} in {host}", "-".join(stages)))
     found += [Entry(model, None, model) for model in config.models]
     names = [entry.name for entry in found]
@@ -89,7 +88,9 @@ def entries(config: CompareConfig) -> list[Entry]:
 
 
 def _quoted(entry: str) -> str:
-    return f"'{entry}'" if ".py:" in entry and "'" not in entry else entry
+    if ".py:" not in entry or entry[0] in "'\"":
+        return entry
+    return f'"{entry}"' if "'" in entry else f"'{entry}'"
 
 
 class Networks:

@@ -22,6 +22,8 @@ _LAB = {
     "safetensors": "safetensors",
     "scipy": "scipy",
     "sklearn": "scikit-learn",
+    "tensorboard": "tensorboard",
+    "torchvision": "torchvision",
     "tyro": "tyro",
     "yaml": "pyyaml",
 }

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 import glocal
+from glocal.backbone import parse_layout
 from glocal.candidates import Networks, entries
 from glocal.checkpoint import CheckpointError, load_weights, write_text
 from glocal.config import CompareConfig, RunConfig, to_plain
@@ -44,11 +45,13 @@ def check(config: CompareConfig) -> None:
     Raises:
         ValueError: A number or a layout makes no sense, or the folder for results is none, or lies in the data.
     """
+    if config.folds and config.tune:
+        raise ValueError("--tune: validation images of one fold are test images of the others; leave out --folds")
     if config.folds < 0 or config.folds == 1:
         raise ValueError(f"--folds: {config.folds}; it must be at least 2, or 0 for one split")
     for name, values, largest in (("data-fractions", config.data_fractions, 1), ("widths", config.widths, math.inf)):
         for value in values:
-            if not 0 < value <= largest:
+            if not 0 < value <= largest or not math.isfinite(value):
                 raise ValueError(
                     f"--{name}: {value:g}; it must be above 0" + (" and at most 1" if largest == 1 else "")
                 )
@@ -88,7 +91,7 @@ def prepare_folder(out: Path) -> None:
     try:
         (out / "runs").mkdir(parents=True, exist_ok=True)
         write_text(out / "runs" / ".probe", "")
-        (out / "runs" / ".probe").unlink()
+        (out / "runs" / ".probe").unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(
             f"--out: cannot write to {str(out)!r} ({error.strerror}); name a folder of your own"
@@ -142,6 +145,10 @@ class Study:
         self.networks = Networks(config.out / "networks.json", _environment(set()).hexdigest())
         self.plan = Plan(config, data, self.networks)
         self.identities = {source: identity(images) for source, images in data.items()}
+        for source in config.data:
+            same = [other for other in config.data if self.identities[other] == self.identities[source]]
+            if len(same) > 1:
+                raise ValueError(f"--data: {same[0]!r} and {same[1]!r} hold the same images; name one of them")
         self.lr: dict[Cell, float] = {}  # what to multiply the recipe's with, chosen on validation images
         self._results: dict[Planned, RunResult] = {}
 
@@ -149,22 +156,28 @@ class Study:
         """Does what is not done, and writes what is known again and again."""
         planned = [run for phase in self.plan.phases for run in phase]
         costs = [run.cell.network.macs * self._images(run) * run.cell.recipe.epochs for run in planned]
-        results, published = self.publish(), time.monotonic()
+        results: dict[str, Any] = {}
+        published = time.monotonic()  # an old report stays until there is something to say
         try:
             with Progress([run.label for run in planned], costs, quiet=quiet) as progress:
                 first = 0
                 for phase in self.plan.phases:
-                    jobs = {}
+                    jobs, twins = {}, set()
                     for i, run in enumerate(phase, first):
                         if self.result(run) is None:
-                            jobs[i] = Job(run.label, self.config_of(run), self.folder(run))
+                            folder = self.folder(run)
+                            if folder in twins:  # the same run under another name: a model at another width
+                                progress.skip(i)
+                                continue
+                            twins.add(folder)
+                            jobs[i] = Job(run.label, self.config_of(run), folder, may_diverge=run.lr_factor is not None)
                         else:
                             progress.skip(i)
                     first += len(phase)
                     for _ in run_all(jobs, self.data, progress, workers):
                         if time.monotonic() - published > SECONDS_BETWEEN_REPORTS:
                             results, published = self.publish(), time.monotonic()
-                    self._choose(phase)
+                    self._choose(phase, done=True)  # a rate that is missing now has diverged
         finally:
             results = self.publish()
         return results
@@ -184,6 +197,7 @@ class Study:
             train=dataclasses.replace(cell.recipe, lr=cell.recipe.lr * factor),
             seed=run.seed,
             weights=None if cell.parent is None else str(self.folder(self._parent(run)) / "weights.safetensors"),
+            new_head=cell.parent is not None,
         )
 
     def _parent(self, run: Planned) -> Planned:
@@ -201,8 +215,10 @@ class Study:
         del described["data"]["source"], described["weights"]  # where they lie does not count, what they are does
         key.update(json.dumps(described, sort_keys=True).encode())
         key.update(self.identities[run.cell.condition.data].encode())
-        for file in re.findall(r"[^'\"(]+?\.py(?=:)", run.cell.network.config.name):
-            key.update(Path(file.removeprefix("-")).read_bytes() if Path(file).is_file() else file.encode())
+        config = run.cell.network.config
+        for text in (config.model,) if config.model else parse_layout(config.layout):
+            if found := re.match(r"([^()'\"]+\.py):", text.strip()):
+                key.update(Path(found[1]).expanduser().read_bytes())
         if run.cell.parent is not None:
             key.update(self.folder(self._parent(run)).name.encode())
         return self.config.out / "runs" / key.hexdigest()[:16]
@@ -211,6 +227,8 @@ class Study:
 
     def result(self, run: Planned) -> RunResult | None:
         """The result of a run, if it is finished."""
+        if self._waits(run):
+            return None
         if run not in self._results:
             images = self.identities[run.cell.condition.data]
             try:
@@ -222,14 +240,21 @@ class Study:
             self._results[run] = found
         return self._results[run]
 
-    def _choose(self, phase: Sequence[Planned]) -> None:
+    def _waits(self, run: Planned) -> bool:
+        """Whether a run's learning rate, or that of the run it starts from, is still to be chosen."""
+        if run.cell.parent is not None and self._waits(self._parent(run)):
+            return True
+        return self.config.tune is not None and run.lr_factor is None and run.cell not in self.lr
+
+    def _choose(self, phase: Sequence[Planned], *, done: bool = False) -> None:
         """Takes for every cell the learning rate with the best validation accuracy; of equals the recipe's own."""
         tried: dict[Cell, list[tuple[float, float, float]]] = {}
         for run in phase:
             if run.lr_factor is not None and (result := self.result(run)) is not None:
                 score = (result.epochs[-1].test_accuracy, -abs(math.log(run.lr_factor)), run.lr_factor)
                 tried.setdefault(run.cell, []).append(score)
-        self.lr |= {cell: max(scores)[-1] for cell, scores in tried.items() if len(scores) == len(TUNED)}
+        needed = 1 if done else len(TUNED)
+        self.lr |= {cell: max(scores)[-1] for cell, scores in tried.items() if len(scores) >= needed}
 
     def publish(self) -> dict[str, Any]:
         """Writes what is known so far, and returns what results.json holds."""
@@ -252,6 +277,7 @@ class Study:
                 cell.network.macs,
                 cell.network.resized,
                 cell.recipe.lr * self.lr.get(cell, 1.0),
+                cell.seeds,
                 tuple(outcomes.get(cell, ())),
             )
             for cell in self.plan.cells

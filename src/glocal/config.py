@@ -181,6 +181,9 @@ class RunConfig:
     weights: str | None = None
     """A file of weights to start from; a head of another size is made anew."""
 
+    new_head: bool = False
+    """Whether the head is made anew even where that of `weights` would fit."""
+
     def __post_init__(self) -> None:
         _hold(self, ("seed",), lambda seed: 0 <= seed < 2**63, "0 or more and below 2**63")
 

@@ -5,6 +5,7 @@ with one thread a result does not depend on the number of cores.
 """
 
 import ctypes
+import errno
 import hashlib
 import math
 import multiprocessing
@@ -27,7 +28,7 @@ import torch
 from glocal.checkpoint import CheckpointError
 from glocal.config import RunConfig
 from glocal.data import ImageData
-from glocal.training import EpochResult, RunResult, train
+from glocal.training import EpochResult, NotFinite, RunResult, train
 
 _SECONDS_BETWEEN_MESSAGES = 0.25
 _SECONDS_BETWEEN_LINES = 5  # about epochs, without a terminal
@@ -45,11 +46,13 @@ class Job:
         label: What people are told it is.
         config: The run.
         folder: Where it lives; one that was interrupted there goes on.
+        may_diverge: Whether the others go on if its loss becomes infinite.
     """
 
     label: str
     config: RunConfig
     folder: Path
+    may_diverge: bool = False
 
 
 def run_all(
@@ -136,7 +139,11 @@ def _images(folder: str, source: str) -> Path:
 def _save(data: ImageData, path: Path) -> None:
     fields = {name: getattr(data, name) for name in ImageData.__dataclass_fields__}
     fields["classes"] = list(data.classes)  # weights_only loading takes lists
-    torch.save(fields, path)
+    try:
+        with path.open("wb") as file:
+            torch.save(fields, file)
+    except RuntimeError as error:  # PyTorch's words for a disk that is full
+        raise OSError(errno.ENOSPC, "cannot write the images that the runs share", str(path)) from error
 
 
 def _load(path: Path) -> ImageData:
@@ -170,6 +177,8 @@ def _outcome(job: Job, data: ImageData, connection: Connection) -> tuple[str, An
         result = train(job.config, data, job.folder, listener=_Teller(connection))
     except ConnectionError:
         raise
+    except NotFinite as error:
+        return ("result", math.nan) if job.may_diverge else ("failed", str(error))
     except (ArithmeticError, ValueError) as error:
         return "failed", f"{job.label}: {error}" if isinstance(error, ValueError) else str(error)
     except OSError as error:
@@ -337,7 +346,7 @@ class Progress:
         self._say(f"{self._finished}/{len(self.labels)} {self.labels[i]}: test {test_accuracy:.1f} %{left}")
 
     def _share(self) -> float:
-        return self._cost_of(self._shares) / sum(self._costs)
+        return self._cost_of(self._shares) / max(sum(self._costs), 1e-9)
 
     def _cost_of(self, shares: Sequence[float]) -> float:
         return sum(cost * share for cost, share in zip(self._costs, shares, strict=True))

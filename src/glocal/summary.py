@@ -76,6 +76,7 @@ class Row:
     macs: int
     resized: bool
     lr: float
+    seeds: int  # that are planned
     outcomes: tuple[Outcome, ...]
 
 
@@ -97,10 +98,11 @@ def summarise(
         budget: `of` and `targets`.
         runs: `finished` and `planned`.
     """
+    incomplete = {row.condition for row in rows if row.without is None and len(row.outcomes) < row.seeds}
     rows = [row for row in rows if row.outcomes]
     candidates = [_candidate(row, len(data[row.condition.data].classes)) for row in rows]
     verdicts = [
-        _verdict(condition, [rows[i] for i in members], [candidates[i] for i in members])
+        _verdict(condition, [rows[i] for i in members], [candidates[i] for i in members], condition in incomplete)
         for condition, members in _grouped(rows).items()
     ]
     datasets = [
@@ -195,7 +197,9 @@ def _candidate(row: Row, classes: int) -> dict[str, Any]:
     }
 
 
-def _verdict(condition: Condition, rows: Sequence[Row], candidates: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _verdict(
+    condition: Condition, rows: Sequence[Row], candidates: Sequence[dict[str, Any]], incomplete: bool
+) -> dict[str, Any]:
     """Who wins under a condition; gives the candidates their intervals."""
     names = [row.name for row in rows]
     verdict = judge([_correct(row) for row in rows])
@@ -212,14 +216,15 @@ def _verdict(condition: Condition, rows: Sequence[Row], candidates: Sequence[dic
                 "high": pair.high,
             }
     equal = all(row.resized for row in rows)
+    said = sentence(verdict, names, equal_budget=equal)
     return {
         "data": condition.data,
         "fraction": condition.fraction,
         "after": condition.after,
         "width": condition.width,
-        "winner": None if verdict.winner is None else names[verdict.winner],
+        "winner": None if verdict.winner is None or incomplete else names[verdict.winner],
         "best": names[verdict.best],
-        "sentence": sentence(verdict, names, equal_budget=equal),
+        "sentence": f"Runs are missing. So far: {said}" if incomplete else said,
         "seeds_needed": verdict.seeds_needed,
         "images_needed": verdict.images_needed,
         "equal_budget": equal,

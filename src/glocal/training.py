@@ -153,7 +153,8 @@ def train(
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state()  # it remembers the precision of the run before
-    accelerator = Accelerator(mixed_precision=config.train.precision)
+    # Only CUDA's devices beside the CPU: what others give has not been tried.
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=config.train.precision)
     if config.train.precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("precision fp16 needs a GPU; on a CPU use bf16")
     with torch.random.fork_rng():
@@ -164,11 +165,13 @@ def train(
 
 
 def identity(data: ImageData) -> str:
-    """A name for the images and labels themselves, wherever they lie."""
+    """A name for the images, labels and classes themselves, wherever they lie."""
     content = hashlib.sha256()
+    content.update(repr(data.classes).encode())
     for value in (getattr(data, field.name) for field in fields(data)):
         if isinstance(value, Tensor):
-            content.update(f"{value.dtype} {tuple(value.shape)}".encode() + value.contiguous().numpy().tobytes())
+            content.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            content.update(value.contiguous().view(-1).view(torch.uint8).numpy().data)  # no copy
     return content.hexdigest()[:16]
 
 
@@ -234,17 +237,21 @@ class _Run:
             seed=config.seed,
         )
         if config.weights is not None:
-            start_from(model, Path(config.weights))
+            start_from(model, Path(config.weights), new_head=config.new_head)
         self.params = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.criterion = Criterion(recipe, data.train_labels, len(data.classes), self.device)
         optimizer = torch.optim.AdamW(_groups(model, recipe.weight_decay), lr=recipe.lr, fused=True)
         self.average: Any = None
         if recipe.ema:  # before `prepare`, whose forward would be copied as that of the original
-            from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+            from torch.optim.swa_utils import AveragedModel
 
-            self.average = AveragedModel(
-                model, device=self.device, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True
-            )
+            def average(averaged: Tensor, value: Tensor, _: Any) -> Tensor:
+                # PyTorch's own also averages whole numbers, cut off: an index table would lose entries
+                if not value.is_floating_point():
+                    return value
+                return torch.where(value.isfinite(), averaged.lerp(value, 1 - recipe.ema), value)
+
+            self.average = AveragedModel(model, device=self.device, avg_fn=average, use_buffers=True)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.step = 0
         self.loss_sum, self.loss_count, self.seconds = 0.0, 0, 0.0  # of the epoch on its way

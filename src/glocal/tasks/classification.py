@@ -102,8 +102,8 @@ def _of_timm(name: str, made_for: dict[str, Any]) -> nn.Module:
         raise ValueError(f"timm:{name}: cannot be built for these images: {_first_line(error)}") from error
 
 
-def start_from(model: nn.Module, path: Path) -> None:
-    """Gives `model` the weights of a file; a head of another size stays as it is.
+def start_from(model: nn.Module, path: Path, *, new_head: bool = False) -> None:
+    """Gives `model` the weights of a file; a head of another size, or with `new_head` any, stays as it is.
 
     Raises:
         CheckpointError: The weights are not those of such a network; the message names the first that differs.
@@ -122,7 +122,8 @@ def start_from(model: nn.Module, path: Path) -> None:
         else:
             what = f"{name} is {'missing' if name in missing else 'not one of this network'}"
         raise CheckpointError(f"{path}: weights of another network: {what} ({len(wrong)} such names)")
-    fitting = {name: value for name, value in weights.items() if name in own and name not in unlike}
+    left = {*unlike, *(name for name in weights if new_head and name.startswith(head))}
+    fitting = {name: value for name, value in weights.items() if name in own and name not in left}
     model.load_state_dict(fitting, strict=False)
 
 
