@@ -385,3 +385,15 @@ def test_three_deviations_are_found(seeds, least, most, shared_draws):
     kind = {"spread": (0.1,) * 5, "taste": 0.0, "images": 1000}
     found = rate(simulated(STUDIES, seeds, lead=three_deviations(**kind), seed=30 + seeds, **kind), winner=0)
     assert least <= found <= most
+
+
+def test_a_tie_on_resampled_images_does_not_count_for_the_best():
+    """Ahead on five images, behind on two, of forty: what a resampled split gives is a multinomial draw."""
+    best, other = np.zeros((2, 40), bool), np.zeros((2, 40), bool)
+    best[:, :5], other[:, 5:7] = True, True
+    drawn = np.random.default_rng(1).multinomial(40, [5 / 40, 2 / 40, 33 / 40], size=100_000)
+    not_ahead = (drawn[:, 0] <= drawn[:, 1]).mean()
+    tied = (drawn[:, 0] == drawn[:, 1]).mean()
+    [pair] = judge([best, other], resamples=10_000).pairs
+    assert tied > 0.05  # so that it matters where they are counted
+    assert abs(pair.p_images - 2 * not_ahead) < 0.02
