@@ -66,7 +66,7 @@ class RunResult:
         train_loss: Over training images without augmentation, as many as there are test images.
         train_accuracy: Percent of these.
         test_loss: Over the test images.
-        images_per_second_forward: Test images over the wall time of predicting them.
+        images_per_second_forward: Those training images over the wall time of predicting them.
         peak_memory: Bytes of tensors that lived at once in the first step, forward and backward and update.
     """
 
