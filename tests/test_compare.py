@@ -168,6 +168,29 @@ def test_an_interrupted_comparison_keeps_its_runs(folder, monkeypatch):
     assert "Not complete" in (folder / "out" / "report.html").read_text()
 
 
+def test_an_old_report_stays_until_there_is_a_new_one(folder, monkeypatch):
+    compare(config(folder), quiet=True)
+    before = {path.name: path.read_bytes() for path in (folder / "out").iterdir() if path.name.startswith("re")}
+    assert len(before) == 4
+
+    def run_all(jobs, data, progress, workers=None):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(comparison, "run_all", run_all)
+    with pytest.raises(KeyboardInterrupt):
+        compare(config(folder, epochs=3), quiet=True)
+    assert {name: (folder / "out" / name).read_bytes() for name in before} == before
+
+
+def test_a_users_own_results_are_not_overwritten(folder, in_process):
+    (folder / "out").mkdir()
+    (folder / "out" / "results.csv").write_text("mine")
+    with pytest.raises(ValueError, match=r"results\.csv' would be overwritten; name another folder"):
+        compare(config(folder), quiet=True)
+    assert [path.name for path in (folder / "out").iterdir()] == ["results.csv"] and not in_process
+
+
 def folders(study):
     return [study.folder(run) for phase in study.plan.phases for run in phase]
 

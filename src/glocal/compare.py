@@ -37,6 +37,7 @@ NOT_IN_RUNS = {
 }
 EMBEDDED = (*PROBES, "digits")
 SECONDS_BETWEEN_REPORTS = 20
+WRITTEN = ("results.json", "results.csv", "results.tex", "report.html")
 
 
 def check(config: CompareConfig) -> None:
@@ -88,6 +89,14 @@ def prepare_folder(out: Path) -> None:
     Raises:
         ValueError: `out` cannot be written to, or holds something else.
     """
+    existing = out / "results.json"
+    if existing.exists() and not isinstance(_read(existing).get("candidates"), list):
+        raise ValueError(f"--out: {str(existing)!r} is not a result of glocal compare; name another folder")
+    if (out / "config.yaml").exists():
+        raise ValueError(f"--out: {str(out)!r} holds a run of glocal train; name another folder")
+    foreign = next((name for name in WRITTEN if (out / name).exists() and not existing.exists()), None)
+    if foreign is not None:
+        raise ValueError(f"--out: {str(out / foreign)!r} would be overwritten; name another folder")
     try:
         (out / "runs").mkdir(parents=True, exist_ok=True)
         write_text(out / "runs" / ".probe", "")
@@ -96,11 +105,6 @@ def prepare_folder(out: Path) -> None:
         raise ValueError(
             f"--out: cannot write to {str(out)!r} ({error.strerror}); name a folder of your own"
         ) from error
-    existing = out / "results.json"
-    if existing.exists() and not isinstance(_read(existing).get("candidates"), list):
-        raise ValueError(f"--out: {str(existing)!r} is not a result of glocal compare; name another folder")
-    if (out / "config.yaml").exists():
-        raise ValueError(f"--out: {str(out)!r} holds a run of glocal train; name another folder")
 
 
 def compare(config: CompareConfig, *, workers: int | None = None, quiet: bool = False) -> dict[str, Any]:
@@ -157,7 +161,7 @@ class Study:
         planned = [run for phase in self.plan.phases for run in phase]
         costs = [run.cell.network.macs * self._images(run) * run.cell.recipe.epochs for run in planned]
         results: dict[str, Any] = {}
-        published = time.monotonic()  # an old report stays until there is something to say
+        published = time.monotonic()
         try:
             with Progress([run.label for run in planned], costs, quiet=quiet) as progress:
                 first = 0
@@ -255,6 +259,9 @@ class Study:
                 tried.setdefault(run.cell, []).append(score)
         needed = 1 if done else len(TUNED)
         self.lr |= {cell: max(scores)[-1] for cell, scores in tried.items() if len(scores) >= needed}
+        for run in phase if done else ():
+            if run.lr_factor is not None:
+                self.lr.setdefault(run.cell, 1.0)  # all have diverged: the recipe's own will say so
 
     def publish(self) -> dict[str, Any]:
         """Writes what is known so far, and returns what results.json holds."""
@@ -291,10 +298,10 @@ class Study:
             {"finished": done, "planned": sum(map(len, self.plan.phases))},
         )
         out = self.config.out
-        write_text(out / "results.json", json.dumps(results, indent=1))
-        write_text(out / "results.csv", results_csv(results))
-        write_text(out / "results.tex", results_latex(results))
-        write_text(out / "report.html", compare_report(results))
+        if done or not (out / "results.json").exists():  # an old report stays until there is something to say
+            texts = (json.dumps(results, indent=1), results_csv(results), results_latex(results))
+            for name, text in zip(WRITTEN, (*texts, compare_report(results)), strict=True):
+                write_text(out / name, text)
         return results
 
     def _outcome(self, runs: Sequence[Planned]) -> Outcome | None:
