@@ -337,11 +337,12 @@ def test_tuning_looks_at_nothing_that_was_not_tuned(folder, in_process):
         assert one["fit"] == other["fit"] and one["curves"] == other["curves"]
 
 
-def test_a_rate_that_diverges_is_not_chosen(folder, monkeypatch):
+@pytest.mark.parametrize("limit, chosen", [(2.1e-3, 2.1e-3), (0.0, 2e-3)])  # with 0 all diverge: the recipe's own
+def test_a_rate_that_diverges_is_not_chosen(folder, monkeypatch, limit, chosen):
     original = training.train
 
     def train(run, data, out=None, **rest):
-        if run.data.validation and run.train.lr > 2.1e-3:
+        if run.data.validation and run.train.lr > limit:
             raise training.NotFinite("the loss is nan")
         return original(run, data, out, **rest)
 
@@ -355,7 +356,8 @@ def test_a_rate_that_diverges_is_not_chosen(folder, monkeypatch):
 
     monkeypatch.setattr(comparison, "run_all", run_all)
     results = compare(config(folder, tune="lr"), quiet=True)
-    assert all(c["lr"] < 2.1e-3 and len(c["seeds"]) == 2 for c in results["candidates"])
+    assert [len(c["seeds"]) for c in results["candidates"]] == [2, 2]
+    assert all(c["lr"] <= chosen and (limit or c["lr"] == chosen) for c in results["candidates"])
 
 
 def test_the_same_run_under_two_names_is_done_once(folder, in_process):
