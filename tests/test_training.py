@@ -80,7 +80,7 @@ class StopAt:
 
 def test_it_learns():
     result = training.train(run(epochs=6), easy(chans=3))
-    assert result.epochs[-1].test_accuracy == 100 and result.train_accuracy == 100
+    assert result.epochs[-1].test_accuracy == result.test_accuracy == 100 and result.train_accuracy == 100
     assert result.epochs[-1].train_loss < result.epochs[0].train_loss
     assert [epoch.epoch for epoch in result.epochs] == [1, 2, 3, 4, 5, 6]
     assert all(epoch.seconds > 0 and epoch.images_per_second > 0 for epoch in result.epochs)
@@ -88,6 +88,19 @@ def test_it_learns():
     assert result.params == sum(p.numel() for p in net.parameters())
     assert result.images_per_second_forward > 0
     assert result.peak_memory > 4 * 3 * result.params  # gradients and two averages of them, and activations
+
+
+def test_small_sets_are_tested_less_often():
+    tested = {
+        (train, test): [
+            epoch.epoch
+            for epoch in training.train(run(epochs=5, batch_size=4), easy(train, test)).epochs
+            if epoch.test_accuracy is not None
+        ]
+        for train, test in ((8, 20), (8, 16), (20, 20), (8, 100))
+    }
+    # By hand: after 24 and 40 images (of 20, 40); after every second epoch and the last; every one; the last alone.
+    assert tested == {(8, 20): [3, 5], (8, 16): [2, 4, 5], (20, 20): [1, 2, 3, 4, 5], (8, 100): [5]}
 
 
 def test_the_seed_decides_everything():

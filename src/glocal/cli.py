@@ -115,7 +115,7 @@ def _train(name: str, arguments: Sequence[str]) -> int:
         with Progress([command.run.model.name], [1.0]) as progress:
             result = train_here(command.run, data, command.out, resume=command.resume, progress=progress)
     print(
-        f"test accuracy {result.epochs[-1].test_accuracy:.2f} %, loss {result.test_loss:.4f}; "
+        f"test accuracy {result.test_accuracy:.2f} %, loss {result.test_loss:.4f}; "
         f"{result.params:,} parameters\nrun: {command.out}"
     )
     return 0

@@ -255,7 +255,7 @@ class Study:
         tried: dict[Cell, list[tuple[float, float, float]]] = {}
         for run in phase:
             if run.lr_factor is not None and (result := self.result(run)) is not None:
-                score = (result.epochs[-1].test_accuracy, -abs(math.log(run.lr_factor)), run.lr_factor)
+                score = (result.test_accuracy, -abs(math.log(run.lr_factor)), run.lr_factor)
                 tried.setdefault(run.cell, []).append(score)
         needed = 1 if done else len(TUNED)
         self.lr |= {cell: max(scores)[-1] for cell, scores in tried.items() if len(scores) >= needed}

@@ -185,7 +185,7 @@ def _outcome(job: Job, data: ImageData, connection: Connection) -> tuple[str, An
         return "disk", (error.errno, error.strerror or str(error), error.filename or str(job.folder))
     except Exception:
         return "failed", f"{job.label}:\n{traceback.format_exc()}"
-    return "result", result.epochs[-1].test_accuracy
+    return "result", result.test_accuracy
 
 
 class _Teller:
@@ -250,7 +250,7 @@ def train_here(config: RunConfig, data: ImageData, folder: Path, *, resume: bool
     if others and not (folder / "config.yaml").exists():
         raise ValueError(f"--out: {str(folder)!r} holds something else; name another folder")
     result = train(config, data, folder, listener=_Shown(progress), tensorboard=True)
-    progress.finish(0, result.epochs[-1].test_accuracy)
+    progress.finish(0, result.test_accuracy)
     return result
 
 
@@ -328,7 +328,8 @@ class Progress:
 
     def epoch(self, i: int, epoch: EpochResult) -> None:
         """Run `i` has finished an epoch."""
-        said = f"test {epoch.test_accuracy:.1f} %, loss {epoch.train_loss:.3f}"
+        tested = "" if epoch.test_accuracy is None else f"test {epoch.test_accuracy:.1f} %, "
+        said = f"{tested}loss {epoch.train_loss:.3f}"
         if self._bars is not None:
             if i in self._tasks:
                 self._bars.update(self._tasks[i], said=said)

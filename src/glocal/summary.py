@@ -322,8 +322,10 @@ def _over_seeds(row: Row, value: Callable[[RunResult], float]) -> dict[str, Any]
     return {"mean": _mean(known) if len(known) == len(per_seed) else None, "per_seed": per_seed}
 
 
-def _mean_curve(outcome: Outcome, value: Callable[[Any], float]) -> list[float | None]:
-    return [_finite(_mean(map(value, epochs))) for epochs in zip(*(run.epochs for run in outcome.results), strict=True)]
+def _mean_curve(outcome: Outcome, value: Callable[[Any], float | None]) -> list[float | None]:
+    """Mean over the runs of one seed, for every epoch; None where one of them has no value."""
+    found = (list(map(value, epochs)) for epochs in zip(*(run.epochs for run in outcome.results), strict=True))
+    return [_finite(_mean(math.nan if v is None else v for v in values)) for values in found]
 
 
 def _finite(value: float) -> float | None:

@@ -44,14 +44,15 @@ class EpochResult:
     Args:
         epoch: Its number, from 1.
         train_loss: Mean loss over the epoch's steps, as optimised: label smoothing and augmentation included.
-        test_accuracy: Percent of the test images, after the epoch.
+        test_accuracy: Percent of the test images, after the epoch; None if they were not looked at: with few training
+            images the test would cost more than the epoch, so there is one after as many as there are test images.
         seconds: Wall time of training and test.
         images_per_second: Training images over the wall time of training alone.
     """
 
     epoch: int
     train_loss: float
-    test_accuracy: float
+    test_accuracy: float | None
     seconds: float
     images_per_second: float
 
@@ -65,6 +66,7 @@ class RunResult:
         params: Number of trainable parameters.
         train_loss: Over training images without augmentation, as many as there are test images.
         train_accuracy: Percent of these.
+        test_accuracy: Percent of the test images.
         test_loss: Over the test images.
         images_per_second_forward: Those training images over the wall time of predicting them.
         peak_memory: Bytes of tensors that lived at once in the first step, forward and backward and update.
@@ -74,6 +76,7 @@ class RunResult:
     params: int
     train_loss: float
     train_accuracy: float
+    test_accuracy: float
     test_loss: float
     images_per_second_forward: float
     peak_memory: int
@@ -125,7 +128,7 @@ def train(
     checkpoint_seconds: float = 30,
     tensorboard: bool = False,
 ) -> RunResult:
-    """Trains the network of `config` and tests it after every epoch.
+    """Trains the network of `config` and tests it on the way.
 
     The same seed gives the same result, on a CPU bit for bit as long as the number of threads is the same, whether
     the run was interrupted or not. PyTorch's random state outside is left as it was.
@@ -291,6 +294,7 @@ class _Run:
             params=self.params,
             train_loss=trained.loss.mean().item(),
             train_accuracy=accuracy(trained.predicted, labels),
+            test_accuracy=self._accuracy(predictions),
             test_loss=predictions.loss.mean().item(),
             images_per_second_forward=count / seconds,
             peak_memory=self.peak_memory,
@@ -317,8 +321,8 @@ class _Run:
                 self.board.close()
         return result
 
-    def _epoch(self, number: int, checkpoint_seconds: float) -> Predictions:
-        """The rest of an epoch, and its test."""
+    def _epoch(self, number: int, checkpoint_seconds: float) -> Predictions | None:
+        """The rest of an epoch, and the test if there is one after it."""
         order = torch.randperm(len(self.data.train_labels), generator=self._seeded(f"epoch {number}"))
         batches = order[: self.steps_per_epoch * self.batch_size].split(self.batch_size)
         self.model.train()
@@ -340,12 +344,12 @@ class _Run:
                 started = saved = time.perf_counter()
             self.listener.step(self.step, self.steps)
         trained = self.seconds + time.perf_counter() - started
-        predictions = self._test()
+        predictions = self._test() if self._tested_after(number) else None
         self.epochs.append(
             EpochResult(
                 epoch=number + 1,
                 train_loss=self.loss_sum / self.loss_count,
-                test_accuracy=accuracy(predictions.predicted, self.data.test_labels),
+                test_accuracy=None if predictions is None else self._accuracy(predictions),
                 seconds=self.seconds + time.perf_counter() - started,
                 images_per_second=self.steps_per_epoch * self.batch_size / trained,
             )
@@ -400,8 +404,16 @@ class _Run:
         """The network whose weights count: their average, if the recipe asks for it."""
         return self._plain() if self.average is None else self.average.module
 
+    def _tested_after(self, number: int) -> bool:
+        """Whether there is a test after epoch `number`, from 0."""
+        images, tests = len(self.data.train_labels), len(self.data.test_labels)
+        return self.step == self.steps or (number + 1) * images // tests > number * images // tests
+
     def _test(self) -> Predictions:
         return predict(self._tested(), self.data.test_images, self.data.test_labels, self.normalise)
+
+    def _accuracy(self, predictions: Predictions) -> float:
+        return accuracy(predictions.predicted, self.data.test_labels)
 
     # What is kept on the way
 
@@ -445,7 +457,7 @@ class _Run:
             file.write(json.dumps(line) + "\n")
         if self.board is not None:
             for name, value in line.items():
-                if name not in ("step", "epoch"):
+                if name not in ("step", "epoch") and value is not None:
                     self.board.add_scalar(name, value, line["step"])
 
     def _cut_metrics(self, path: Path) -> None:

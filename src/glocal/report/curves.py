@@ -28,7 +28,7 @@ class Line:
 
     Args:
         label: Shown by the browser when the line is pointed at.
-        values: One value an epoch, from epoch 1 on; None or a non-finite value leaves a gap.
+        values: One value an epoch, from epoch 1 on; None or a non-finite value is left out.
         series: How it looks.
     """
 
@@ -55,17 +55,15 @@ def line_chart(title: str, unit: str, lines: Sequence[Line]) -> Markup:
 
 
 def _drawn(each: Line, frame: Frame, epochs: int) -> list[Markup]:
-    """The line, and a dot at every epoch, so that a run of one epoch is seen."""
-    pieces: list[list[tuple[float, float]]] = [[]]
-    for epoch, value in enumerate(each.values, 1):
-        if value is not None and drawable(value):
-            pieces[-1].append((frame.x(epoch), frame.y(value)))
-        else:
-            pieces.append([])
-    dotted = [piece for piece in pieces if epochs <= _MOST_DOTS or len(piece) == 1]
-    return [path(piece, each.series) for piece in pieces if len(piece) > 1] + [
-        marker(x, y, each.series, 2.5) for piece in dotted for x, y in piece
+    """The line, and a dot at every value, so that a run of one epoch is seen."""
+    points = [
+        (frame.x(epoch), frame.y(value))
+        for epoch, value in enumerate(each.values, 1)
+        if value is not None and drawable(value)
     ]
+    dots = points if epochs <= _MOST_DOTS or len(points) == 1 else []
+    joined = [path(points, each.series)] if len(points) > 1 else []
+    return joined + [marker(x, y, each.series, 2.5) for x, y in dots]
 
 
 @dataclass(frozen=True)

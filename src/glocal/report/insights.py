@@ -122,7 +122,7 @@ def curves(study: Study) -> Section | None:
             ]
             if lines:
                 epochs = max(epochs, *(len(line.values) for line in lines))
-                drawn.append((line_chart(f"{title}: {unit} after every epoch", unit, lines), f"{title}: {unit}"))
+                drawn.append((line_chart(f"{title}: {unit} after epochs", unit, lines), f"{title}: {unit}"))
     if not drawn:
         return None
     return Section(
@@ -131,9 +131,10 @@ def curves(study: Study) -> Section | None:
         "How do they learn?",
         [f"{count(epochs, 'epoch')} at most."],
         key(study, study.names) + figures(drawn),
-        "One line for each seed. Test accuracy after every epoch; training loss as it was optimised, the mean over the "
+        "One line for each seed. Test accuracy after every epoch, or, where there are fewer training than test images, "
+        "after as many training images as there are test images; training loss as it was optimised, the mean over the "
         "epoch, label smoothing and augmentation included.",
-        "Test accuracy is shown for every epoch but nothing was chosen by it: the last epoch counts.",
+        "Nothing was chosen by the test accuracy on the way: the last epoch counts.",
     )
 
 
