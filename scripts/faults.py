@@ -1,6 +1,15 @@
-"""The faults that scripts/mutate plants: each breaks one promise, and a test has to notice."""
+"""The faults that scripts/mutate plants: each breaks one promise, and a test has to notice.
 
+Those of an operator stand at the end of its test, tests/mixers/test_*.py.
+"""
+
+import ast
+import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -21,9 +30,9 @@ def _core(file: str, *tests: str) -> "_Of":
     return _Of(file, tuple(f"tests/{test}" for test in tests))
 
 
-def _operator(name: str, stem: str, file: str | None = None) -> "_Of":
-    """Faults that an operator's own tests should find, or else the contract; in a file that it shares, if given."""
-    return _Of(file or f"mixers/{stem}.py", (f"tests/mixers/test_{stem}.py", f"tests/test_contract.py -k=-{name}"))
+def _shared(file: str, *tests: str) -> "_Of":
+    """Faults in a file that operators share, which the tests of some operators should find."""
+    return _Of(f"mixers/{file}", (*(f"tests/mixers/{test}" for test in tests), "tests/test_contract.py"))
 
 
 @dataclass(frozen=True)
@@ -591,160 +600,37 @@ _CORE = (
     ),
 )
 
-_POOLING = _operator("AveragePooling", "average_pooling")
-_AVERAGE_POOLING = (
-    _POOLING(
-        "an even window of the definition has its centre right of the middle",
-        "left = centre_padding(kernel)",
-        "left = tuple(k // 2 for k in kernel)",
-    ),
-    _POOLING(
-        "an even window of the fast path has its centre right of the middle",
-        "ends = [(p, k - 1 - p)",
-        "ends = [(k - 1 - p, p)",
-    ),
-    _POOLING(
-        "the definition counts padding in the mean",
-        "(index >= 0) & pick_or_zero(valid.flatten(1), index)",
-        "(index >= 0).expand(len(valid), -1, -1)",
-    ),
-    _POOLING(
-        "the fast path divides nothing by nothing where no token counts",
-        "torch.where(share > 0, share, 1)",
-        "share",
-    ),
-    _POOLING(
-        "count_include_pad means its opposite in the fast path",
-        "if not self.count_include_pad:\n            grid",
-        "if self.count_include_pad:\n            grid",
-    ),
-    _core("mixers/average_pooling.py", "test_mixer.py", "mixers/test_average_pooling.py")(
-        "sources of an even window are placed on the wrong side of the query",
-        "offset=[(k - 1) / 2 - p for",
-        "offset=[p - (k - 1) / 2 for",
-    ),
-    _core("mixers/average_pooling.py", "test_mutants.py")(
-        "the first length of a kernel is taken for that of the columns",
-        'self._kernel = per_axis("kernel_size", kernel_size, rank)',
-        'self._kernel = per_axis("kernel_size", kernel_size, rank)[::-1]',
-    ),
-)
-
-_DENSE = _operator("Convolution", "convolution")
-_CONVOLUTION = (
-    _DENSE(
-        "the heads' offsets are mirrored",
-        "index.T[None, :, :, None]",
-        "index.T.flip(0)[None, :, :, None]",
-    ),
-    _DENSE(
-        "channels of a convolution group lie apart in the definition",
-        "mixed.unflatten(-1, (taps, self.groups, -1))",
-        "mixed.unflatten(-1, (taps, -1, self.groups)).transpose(-1, -2)",
-    ),
-    _DENSE(
-        "a dilated kernel of the definition is not centred",
-        "left=centre_padding(kernel, self.dilation)",
-        "left=centre_padding(kernel)",
-    ),
-    _DENSE(
-        "the fast path has no bias",
-        "            self.weight,\n            self.bias,",
-        "            self.weight,\n            None,",
-    ),
-    _DENSE(
-        "the cost of a grouped convolution is that of a full one",
-        "* self.dim * self.out_dim // self.groups",
-        "* self.dim * self.out_dim",
-    ),
-    _operator("Convolution", "convolution", "mixers/_grid.py")(
+_TAPS = _shared("_grid.py", "test_convolution.py", "test_depthwise_conv.py")
+_LIBRARY = _shared("_library.py", "test_convolution.py")
+_NORM = _shared("_norm.py", "test_dynamic_depthwise_conv.py", "test_inhomogeneous_depthwise_conv.py")
+_WINDOWS = _shared("_grid.py", "test_window_attention.py", "test_local_mlp.py")
+_ATTENTION = _shared("_attention.py", "test_self_attention.py")
+_ADAPTED = _core("mixers/_attention.py", "test_mixer.py", "test_mutants.py")
+_SHARED = (
+    _TAPS(
         "a stride starts at its last position",
         "torch.arange(0, n, stride, device=device) - left",
         "torch.arange(0, n, stride, device=device) + stride - 1 - left",
     ),
-    _operator("Convolution", "convolution", "mixers/_grid.py")(
+    _TAPS(
         "a tap left of the grid reads from its right end",
         "torch.where((position >= 0) & (position < n), position, -1)",
         "torch.where(position < n, position % n, -1)",
     ),
-    _operator("Convolution", "convolution", "mixers/_library.py")(
+    _LIBRARY(
         "a 1-D convolution is not dilated",
         "(1, stride), (0, *padding), (1, dilation), groups",
         "(1, stride), (0, *padding), 1, groups",
     ),
-    _operator("Convolution", "convolution", "mixers/_library.py")(
+    _LIBRARY(
         "output lengths are rounded down",
         "(n + stride - 1) // stride for n",
         "n // stride for n",
     ),
-)
-
-_DEPTHWISE = _operator("DepthwiseConv", "depthwise_conv")
-_DEPTHWISE_CONV = (
-    _DEPTHWISE(
-        "the kernel's axes are exchanged in the definition",
-        "self.weight.flatten(1)[None, :, None]",
-        "self.weight.transpose(-1, -2).flatten(1)[None, :, None]",
-    ),
-    _DEPTHWISE(
-        "the definition's taps are not dilated",
-        "            stride=self.stride,\n            dilation=self.dilation,\n            left=",
-        "            stride=self.stride,\n            left=",
-    ),
-    _DEPTHWISE(
-        "the fast path has no bias",
-        "            self.weight,\n            self.bias,",
-        "            self.weight,\n            None,",
-    ),
-    _core("mixers/depthwise_conv.py", "test_mixer.py", "mixers/test_depthwise_conv.py")(
-        "the sources of a strided convolution are placed in their own tokens",
-        "grid_positions(grid, stride=self.stride, device=x.device)",
-        "grid_positions(grid, device=x.device)",
-    ),
-    _operator("DepthwiseConv", "depthwise_conv", "mixers/_grid.py")(
+    _TAPS(
         "rows are as long as the grid is high",
         "row * size + column, -1)",
         "row * sizes[0] + column, -1)",
-    ),
-)
-
-_D_DW = _operator("DynamicDepthwiseConv", "dynamic_depthwise_conv")
-_NORM = _operator("DynamicDepthwiseConv", "dynamic_depthwise_conv", "mixers/_norm.py")
-_DYNAMIC = (
-    _D_DW(
-        "predicted kernels are read tap by tap, not channel by channel",
-        "unflatten(-1, (self.dim, -1))",
-        "unflatten(-1, (-1, self.dim)).transpose(-1, -2)",
-    ),
-    _D_DW(
-        "the prediction divides by all tokens, not the real ones",
-        "/ real.sum(1).clamp(min=1)",
-        "/ real.shape[1]",
-    ),
-    _D_DW(
-        "the prediction averages what stands in the padding",
-        ".masked_fill(~real, 0).sum(1)",
-        ".sum(1)",
-    ),
-    _core("mixers/dynamic_depthwise_conv.py", "test_mixer.py", "test_mutants.py")(
-        "an image of padding alone counts in the batch norm's statistics",
-        "some = None if valid is None else valid.flatten(1).any(1)",
-        "some = None",
-    ),
-    _D_DW(
-        "the prediction has no ReLU",
-        "update=update).relu()",
-        "update=update)",
-    ),
-    _D_DW(
-        "the fast path has no bias",
-        "return self.project(back(out.view(planes.shape), len(self._kernel)))",
-        "return back(out.view(planes.shape), len(self._kernel))",
-    ),
-    _D_DW(
-        "the cost leaves out the prediction",
-        " + hidden * self.dim * (1 + taps)",
-        "",
     ),
     _NORM(
         "running variances are biased",
@@ -786,70 +672,17 @@ _DYNAMIC = (
         "if norm.training and (valid is not None or not update):",
         "if False:",
     ),
-    _operator("DynamicDepthwiseConv", "dynamic_depthwise_conv", "mixers/_norm.py")(
+    _NORM(
         "an empty batch makes the statistics NaN",
         "if x.numel() == 0:",
         "if False:",
     ),
-    _core("mixers/dynamic_depthwise_conv.py", "test_mutants.py")(
-        "the first length of a kernel is taken for that of the columns",
-        'self._kernel = odd_kernel("kernel_size", kernel_size, rank)',
-        'self._kernel = odd_kernel("kernel_size", kernel_size, rank)[::-1]',
-    ),
-)
-
-_I_D_DW = _operator("InhomogeneousDepthwiseConv", "inhomogeneous_depthwise_conv")
-_INHOMOGENEOUS = (
-    _I_D_DW(
-        "predicted kernels are read tap by tap, not group by group",
-        "self.conv2(hidden).unflatten(-1, (self.num_groups, -1))",
-        "self.conv2(hidden).unflatten(-1, (-1, self.num_groups)).transpose(-1, -2)",
-    ),
-    _I_D_DW(
-        "channels of a group lie apart in the values",
-        "source.flatten(1, -2).unflatten(-1, (self.num_groups, -1))",
-        "source.flatten(1, -2).unflatten(-1, (-1, self.num_groups)).transpose(-1, -2)",
-    ),
-    _I_D_DW(
-        "the batch norm's statistics count padding",
-        "normalise(self.bn, self.conv1(x), valid, update=update)",
-        "normalise(self.bn, self.conv1(x), None, update=update)",
-    ),
-    _I_D_DW(
-        "the definition gives positions the kernels of the transposed grid",
-        "update=update_statistics).flatten(1, -3).transpose(1, 2)",
-        "update=update_statistics).transpose(1, -3).flatten(1, -3).transpose(1, 2)",
-    ),
-    _I_D_DW(
-        "the prediction has no ReLU",
-        "update=update).relu()",
-        "update=update)",
-    ),
-    _operator("InhomogeneousDepthwiseConv", "inhomogeneous_depthwise_conv", "mixers/_norm.py")(
+    _NORM(
         "running variances of padded batches are biased",
         "unbiased = variance.detach() * total / (total - 1).clamp(min=1)",
         "unbiased = variance.detach()",
     ),
-)
-
-_MLP = _operator("LocalMLP", "local_mlp")
-_LOCAL_MLP = (
-    _MLP(
-        "query and source are exchanged in the definition",
-        "self.weight[:, place].transpose(0, 1)",
-        "self.weight.mT[:, place].transpose(0, 1)",
-    ),
-    _MLP(
-        "query and source are exchanged in the fast path",
-        '"gqk,bwkgd->bwqgd"',
-        '"gkq,bwkgd->bwqgd"',
-    ),
-    _MLP(
-        "empty places of a window hold the first token",
-        "v = pick_or_zero(values, sources)",
-        "v = pick(values, sources.clamp(min=0))",
-    ),
-    _operator("LocalMLP", "local_mlp", "mixers/_grid.py")(
+    _WINDOWS(
         "empty places hold the last token",
         "torch.where(index < 0, tokens.shape[1], index))",
         "torch.where(index < 0, tokens.shape[1] - 1, index))",
@@ -859,36 +692,16 @@ _LOCAL_MLP = (
         "return pick(torch.cat([tokens, zero], 1), torch.where(index < 0, tokens.shape[1], index))",
         "return pick(tokens, index.clamp(min=0)) * (index >= 0).view(*index.shape, *[1] * (tokens.dim() - 2))",
     ),
-    _MLP(
-        "windows of a padded image are cut by the batch's size",
-        "self.shift_size, valid, x.device)",
-        "self.shift_size, None, x.device)",
-    ),
-    _MLP(
-        "all heads mix places as the first one does",
-        "self.weight.to(v.dtype), v)",
-        "self.weight[:1].expand_as(self.weight).to(v.dtype), v)",
-    ),
-    _operator("LocalMLP", "local_mlp", "mixers/_grid.py")(
+    _WINDOWS(
         "windows are shifted the other way",
         "shifted = (window - shift) % window",
         "shifted = shift % window",
     ),
-    _operator("LocalMLP", "local_mlp", "mixers/_grid.py")(
+    _WINDOWS(
         "an axis as long as the window is shifted",
         "(0 if n <= window else shifted)",
         "(0 if n < window else shifted)",
     ),
-    _core("mixers/local_mlp.py", "test_mutants.py")(
-        "the first length of a window is taken for that of the columns",
-        'self._window = per_axis("window_size", window_size, rank)',
-        'self._window = per_axis("window_size", window_size, rank)[::-1]',
-    ),
-)
-
-_WINDOW = _operator("WindowAttention", "window_attention")
-_WINDOWS = _operator("WindowAttention", "window_attention", "mixers/_grid.py")
-_WINDOW_ATTENTION = (
     _WINDOWS(
         "the bias table is flipped: source minus query",
         "each.append(place[:, None] - place + size - 1)",
@@ -914,186 +727,6 @@ _WINDOW_ATTENTION = (
         "torch.where(extent > window, shifted, 0)",
         "torch.where(extent > 0, shifted, 0)",
     ),
-    _WINDOW(
-        "the definition sees across regions",
-        "seen = windows.together()[window, place]",
-        "seen = torch.ones_like(windows.together())[window, place]",
-    ),
-    _WINDOW(
-        "the fast path sees empty places",
-        "seen = (sources >= 0)[:, :, None] & windows.together()",
-        "seen = (sources >= -1)[:, :, None] & windows.together()",
-    ),
-    _WINDOW(
-        "all heads have the first one's bias",
-        "[windows.offsets(self._window)].movedim(-1, 0)",
-        "[windows.offsets(self._window)][..., :1].movedim(-1, 0)",
-    ),
-    _WINDOW(
-        "padding is taken without a word where it would be seen",
-        "if valid is not None and not self.mask_padding:",
-        "if False:",
-    ),
-    _WINDOW(
-        "the cost leaves out the padded keys and values",
-        "math.prod(grid if self.mask_padding else self._padded_grid(grid))",
-        "math.prod(grid)",
-    ),
-    _core("mixers/window_attention.py", "test_mutants.py")(
-        "positions of a subset of the queries are those of the first",
-        "places if queries is None else places[queries]",
-        "places if queries is None else places[: len(queries)]",
-    ),
-    _core("mixers/window_attention.py", "test_mutants.py")(
-        "the first length of a window is taken for that of the columns",
-        'self._window = per_axis("window_size", window_size, rank)',
-        'self._window = per_axis("window_size", window_size, rank)[::-1]',
-    ),
-)
-
-_NEIGHBORHOOD = _operator("NeighborhoodAttention", "neighborhood_attention")
-_NEIGHBORHOOD_ATTENTION = (
-    _NEIGHBORHOOD(
-        "the bias table is flipped: query minus source",
-        "(torch.arange(kernel, device=x.device) + kernel - 1 - before)[None]",
-        "(before - torch.arange(kernel, device=x.device) + kernel - 1)[None]",
-    ),
-    _NEIGHBORHOOD(
-        "the shifted window's bias table is flipped",
-        "(member - rank_in_class[:, None] + kernel - 1)",
-        "(rank_in_class[:, None] - member + kernel - 1)",
-    ),
-    _NEIGHBORHOOD(
-        "a causal query sees the token after it",
-        "kernel - 1 if self.causal else",
-        "kernel - 2 if self.causal else",
-    ),
-    _NEIGHBORHOOD(
-        "the shifted window stops one token too late",
-        "in_class - kernel).clamp(min=0)",
-        "in_class - kernel + 1).clamp(min=0)",
-    ),
-    _NEIGHBORHOOD(
-        "dilated neighbors of a shifted window all start at the first class",
-        "first[:, None] + dilation * member, -1)",
-        "dilation * member, -1)",
-    ),
-    _NEIGHBORHOOD(
-        "padding takes part in the softmax",
-        "return inside if valid is None else inside & pick_or_zero(valid.flatten(1), index)",
-        "return inside",
-    ),
-    _NEIGHBORHOOD(
-        "windows are moved inward by the batch's size",
-        "size = extents(valid) if valid is not None and shifted else None",
-        "size = None",
-    ),
-    _NEIGHBORHOOD(
-        "the kernel's axes are exchanged",
-        "enumerate(zip(grid, self._kernel, strict=True)):",
-        "enumerate(zip(grid, self._kernel[::-1], strict=True)):",
-    ),
-    _core("mixers/neighborhood_attention.py", "test_mutants.py")(
-        "positions of a subset of the queries are those of the first",
-        "places if queries is None else places[queries]",
-        "places if queries is None else places[: len(queries)]",
-    ),
-    _core("mixers/neighborhood_attention.py", "test_mutants.py")(
-        "the first length of a kernel is taken for that of the columns",
-        '(per_axis if causal else odd_kernel)("kernel_size", kernel_size, rank)',
-        '(per_axis if causal else odd_kernel)("kernel_size", kernel_size, rank)[::-1]',
-    ),
-)
-
-_RELATIVE = _operator("RelativeAttention", "relative_attention")
-_RELATIVE_ATTENTION = (
-    _RELATIVE(
-        "without a position bias there is still a table",
-        "table_parameter(self.num_heads, *sides) if position_bias else None",
-        "table_parameter(self.num_heads, *sides)",
-    ),
-    _RELATIVE(
-        "the table is resized corner to corner",
-        "size=shape, mode=mode)",
-        "size=shape, mode=mode, align_corners=True)",
-    ),
-    _RELATIVE(
-        "the table is flipped: source minus query",
-        "        table = table.flip(axes)\n",
-        "",
-    ),
-    _RELATIVE(
-        "the table's rows come last query first",
-        "return table.flip(axes).flatten(1, len(grid)).flatten(2)",
-        "return table.flatten(1, len(grid)).flatten(2)",
-    ),
-    _core(
-        "mixers/relative_attention.py", "test_contract.py -k='query_subset and RelativeAttention'", "test_mutants.py"
-    )(
-        "the table of a subset of the queries is flipped: source minus query",
-        "place[queries, None] - place + ",
-        "place - place[queries, None] + ",
-    ),
-    _core("mixers/relative_attention.py", "test_contract.py -k='compiles and RelativeAttention'", "test_mutants.py")(
-        "the compiled bias gives all queries the row of the first",
-        "torch.arange(math.prod(grid), device=table.device) if queries",
-        "torch.zeros(math.prod(grid), device=table.device).long() if queries",
-    ),
-    _RELATIVE(
-        "a padded image gets the table of the batch's size",
-        "self._bias_at(size, grid, queries) for size",
-        "self._bias_at(grid, grid, queries) for size",
-    ),
-    _RELATIVE(
-        "the bias after the softmax gives padding a weight",
-        "weights = weights if seen is None else weights * seen",
-        "pass",
-    ),
-    _RELATIVE(
-        "positions are not added in the definition",
-        "        x = add_position(x, pos_embed)\n",
-        "",
-    ),
-    _RELATIVE(
-        "positions are not added to the keys of the fast path",
-        "self.heads(x_at, 0), self.heads(x_at, 1)",
-        "self.heads(x_at, 0), self.heads(x, 1)",
-    ),
-    _RELATIVE(
-        "the fast path lets padding into the softmax",
-        "position if mask is None else position + mask",
-        "position",
-    ),
-    _RELATIVE(
-        "all heads have the first one's bias",
-        "        table = table.flip(axes)\n",
-        "        table = table[:1].expand_as(table).flip(axes)\n",
-    ),
-    _core(
-        "mixers/relative_attention.py", "test_contract.py -k='query_subset and RelativeAttention'", "test_mutants.py"
-    )(
-        "at a subset of the queries all heads have the first one's bias",
-        "table.flatten(1)[:, entry",
-        "table[:1].expand_as(table).flatten(1)[:, entry",
-    ),
-    _core(
-        "mixers/relative_attention.py", "test_contract.py -k='query_subset and RelativeAttention'", "test_mutants.py"
-    )(
-        "the bias of a subset of the queries is that of the first rows",
-        "place[queries, None] - place + ",
-        "place[: len(queries), None] - place + ",
-    ),
-    _core("mixers/relative_attention.py", "test_mutants.py")(
-        "positions of a subset of the queries are those of the first",
-        "places if queries is None else places[queries]",
-        "places if queries is None else places[: len(queries)]",
-    ),
-)
-
-_ATTENTION = _operator("SelfAttention", "self_attention", "mixers/_attention.py")
-_ADAPTED = _core("mixers/_attention.py", "test_mixer.py", "test_mutants.py")
-_SELF = _operator("SelfAttention", "self_attention")
-_SELF_ATTENTION = (
     _ATTENTION(
         "scores are not scaled",
         "return out * self.scale if part == 0 else out",
@@ -1143,46 +776,6 @@ _SELF_ATTENTION = (
         "a second derivative of the fused kernel fails without saying what to do",
         "        out.register_hook(_no_second_derivative)",
         "        pass",
-    ),
-    _SELF(
-        "a causal query does not see itself",
-        "(order <= order[:tokens, None] + past)",
-        "(order < order[:tokens, None] + past)",
-    ),
-    _SELF(
-        "new tokens do not see all that a cache remembers",
-        "(order <= order[:tokens, None] + past)",
-        "(order <= order[:tokens, None])",
-    ),
-    _SELF(
-        "padding takes part in the softmax",
-        "seen = None if valid is None else valid.flatten(1)[:, None, None]",
-        "seen = None if valid is None else torch.ones_like(valid).flatten(1)[:, None, None]",
-    ),
-    _SELF(
-        "the fast path spreads a row that sees nothing evenly",
-        "return self.proj(torch.where(some, mixed, 0))",
-        "return self.proj(mixed)",
-    ),
-    _SELF(
-        "keys get no positions without a source",
-        "source_pos_embed = pos_embed if source_pos_embed is None else source_pos_embed",
-        "source_pos_embed = None",
-    ),
-    _core("mixers/self_attention.py", "mixers/test_self_attention.py", "test_mutants.py")(
-        "positions of a subset of the queries are those of the first",
-        "places[queries], (len(queries),)",
-        "places[: len(queries)], (len(queries),)",
-    ),
-    _core("mixers/self_attention.py", "mixers/test_self_attention.py", "test_mixer.py")(
-        "tokens after a cache are placed at the start",
-        "positions[past:], positions",
-        "positions[: x.shape[1]], positions",
-    ),
-    _core("mixers/self_attention.py", "mixers/test_self_attention.py", "test_mixer.py")(
-        "queries with another source are placed on its grid",
-        "return out_grid, places, nowhere, grid_positions(places, device=x.device)",
-        "return out_grid, places, grid_positions(places, device=x.device), grid_positions(places, device=x.device)",
     ),
 )
 
@@ -1440,6 +1033,28 @@ _RUNS = (
     ),
 )
 
+
+def _of_operators() -> Iterator[Fault]:
+    """Faults of operators: the literal `FAULTS` of tests/mixers/test_foo.py, for mixers/foo.py."""
+    for test in sorted((ROOT / "tests" / "mixers").glob("test_*.py")):
+        stem = test.stem.removeprefix("test_")
+        found = next((n.value for n in _assignments(test) if "FAULTS" in _names(n)), None)
+        if found is not None:
+            file = f"src/glocal/mixers/{stem}.py"
+            classes = [n.name for n in ast.parse((ROOT / file).read_text("utf-8")).body if isinstance(n, ast.ClassDef)]
+            contract = f"tests/test_contract.py -k={shlex.quote(' or '.join(f'-{c}' for c in classes))}"
+            tests = (f"tests/mixers/{test.name}", contract, "tests/test_mutants.py", "tests/test_mixer.py")
+            yield from (Fault(file, old, new, breaks, tests) for breaks, old, new in ast.literal_eval(found))
+
+
+def _assignments(file: Path) -> Iterator[ast.Assign]:
+    return (node for node in ast.parse(file.read_text("utf-8")).body if isinstance(node, ast.Assign))
+
+
+def _names(node: ast.Assign) -> list[str]:
+    return [target.id for target in node.targets if isinstance(target, ast.Name)]
+
+
 FAULTS: tuple[Fault, ...] = (
     *_CORE,
     *_REPORT,
@@ -1448,14 +1063,6 @@ FAULTS: tuple[Fault, ...] = (
     *_DATA,
     *_RUNS,
     *_PROBES,
-    *_AVERAGE_POOLING,
-    *_CONVOLUTION,
-    *_DEPTHWISE_CONV,
-    *_DYNAMIC,
-    *_INHOMOGENEOUS,
-    *_LOCAL_MLP,
-    *_WINDOW_ATTENTION,
-    *_NEIGHBORHOOD_ATTENTION,
-    *_RELATIVE_ATTENTION,
-    *_SELF_ATTENTION,
+    *_SHARED,
+    *_of_operators(),
 )

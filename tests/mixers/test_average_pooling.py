@@ -85,3 +85,39 @@ def test_pooling_without_overlap_is_the_mean_of_each_block(build, check, tokens)
 @pytest.mark.parametrize("extents", [[(4, 3), (2, 6)], [(5, 5), (1, 2)], [(4,), (7,)]])
 def test_padding_leaves_images_alone(build, check_padding, extents, kernel_size, stride, count_include_pad):
     check_padding(build(spec_of(kernel_size, stride, count_include_pad, extents[0]), 4), extents, 4)
+
+
+# planted by scripts/mutate
+FAULTS = (
+    (
+        "an even window of the definition has its centre right of the middle",
+        "left = centre_padding(kernel)",
+        "left = tuple(k // 2 for k in kernel)",
+    ),
+    (
+        "an even window of the fast path has its centre right of the middle",
+        "ends = [(p, k - 1 - p)",
+        "ends = [(k - 1 - p, p)",
+    ),
+    (
+        "the definition counts padding in the mean",
+        "(index >= 0) & pick_or_zero(valid.flatten(1), index)",
+        "(index >= 0).expand(len(valid), -1, -1)",
+    ),
+    ("the fast path divides nothing by nothing where no token counts", "torch.where(share > 0, share, 1)", "share"),
+    (
+        "count_include_pad means its opposite in the fast path",
+        "if not self.count_include_pad:\n            grid",
+        "if self.count_include_pad:\n            grid",
+    ),
+    (
+        "sources of an even window are placed on the wrong side of the query",
+        "offset=[(k - 1) / 2 - p for",
+        "offset=[p - (k - 1) / 2 for",
+    ),
+    (
+        "the first length of a kernel is taken for that of the columns",
+        'self._kernel = per_axis("kernel_size", kernel_size, rank)',
+        'self._kernel = per_axis("kernel_size", kernel_size, rank)[::-1]',
+    ),
+)

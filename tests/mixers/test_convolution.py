@@ -74,3 +74,29 @@ def test_padding_leaves_images_alone(build, check_padding, arguments, extents):
 def test_weights_are_one_head_for_each_offset(build, tokens):
     weights = build("Convolution(kernel_size=3)", 16).weights(tokens(2, 8, 8, 16))
     assert weights.weights.shape == (1, 9, 1, 1)
+
+
+# planted by scripts/mutate
+FAULTS = (
+    ("the heads' offsets are mirrored", "index.T[None, :, :, None]", "index.T.flip(0)[None, :, :, None]"),
+    (
+        "channels of a convolution group lie apart in the definition",
+        "mixed.unflatten(-1, (taps, self.groups, -1))",
+        "mixed.unflatten(-1, (taps, -1, self.groups)).transpose(-1, -2)",
+    ),
+    (
+        "a dilated kernel of the definition is not centred",
+        "left=centre_padding(kernel, self.dilation)",
+        "left=centre_padding(kernel)",
+    ),
+    (
+        "the fast path has no bias",
+        "            self.weight,\n            self.bias,",
+        "            self.weight,\n            None,",
+    ),
+    (
+        "the cost of a grouped convolution is that of a full one",
+        "* self.dim * self.out_dim // self.groups",
+        "* self.dim * self.out_dim",
+    ),
+)

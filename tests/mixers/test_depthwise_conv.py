@@ -72,3 +72,28 @@ def test_weights_are_the_kernel_shared_by_images_and_positions(build, tokens):
     weights = mixer.weights(tokens(2, 8, 8, 16)).weights
     assert weights.shape == (1, 16, 1, 9)
     torch.testing.assert_close(weights[0, :, 0], mixer.weight.flatten(1))
+
+
+# planted by scripts/mutate
+FAULTS = (
+    (
+        "the kernel's axes are exchanged in the definition",
+        "self.weight.flatten(1)[None, :, None]",
+        "self.weight.transpose(-1, -2).flatten(1)[None, :, None]",
+    ),
+    (
+        "the definition's taps are not dilated",
+        "            stride=self.stride,\n            dilation=self.dilation,\n            left=",
+        "            stride=self.stride,\n            left=",
+    ),
+    (
+        "the fast path has no bias",
+        "            self.weight,\n            self.bias,",
+        "            self.weight,\n            None,",
+    ),
+    (
+        "the sources of a strided convolution are placed in their own tokens",
+        "grid_positions(grid, stride=self.stride, device=x.device)",
+        "grid_positions(grid, device=x.device)",
+    ),
+)

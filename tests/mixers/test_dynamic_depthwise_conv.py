@@ -161,3 +161,32 @@ def test_constant_kernel_is_depthwise_convolution(build, tokens, impl):
 def test_weights_are_shared_by_positions(build, tokens):
     weights = build("DynamicDepthwiseConv(kernel_size=3)", 16).weights(tokens(2, 8, 8, 16))
     assert weights.weights.shape == (2, 16, 1, 9)
+
+
+# planted by scripts/mutate
+FAULTS = (
+    (
+        "predicted kernels are read tap by tap, not channel by channel",
+        "unflatten(-1, (self.dim, -1))",
+        "unflatten(-1, (-1, self.dim)).transpose(-1, -2)",
+    ),
+    ("the prediction divides by all tokens, not the real ones", "/ real.sum(1).clamp(min=1)", "/ real.shape[1]"),
+    ("the prediction averages what stands in the padding", ".masked_fill(~real, 0).sum(1)", ".sum(1)"),
+    (
+        "an image of padding alone counts in the batch norm's statistics",
+        "some = None if valid is None else valid.flatten(1).any(1)",
+        "some = None",
+    ),
+    ("the prediction has no ReLU", "update=update).relu()", "update=update)"),
+    (
+        "the fast path has no bias",
+        "return self.project(back(out.view(planes.shape), len(self._kernel)))",
+        "return back(out.view(planes.shape), len(self._kernel))",
+    ),
+    ("the cost leaves out the prediction", " + hidden * self.dim * (1 + taps)", ""),
+    (
+        "the first length of a kernel is taken for that of the columns",
+        'self._kernel = odd_kernel("kernel_size", kernel_size, rank)',
+        'self._kernel = odd_kernel("kernel_size", kernel_size, rank)[::-1]',
+    ),
+)

@@ -186,3 +186,29 @@ def test_constant_kernel_is_depthwise_convolution_shared_by_groups(build, tokens
 def test_weights_are_shared_by_the_channels_of_a_group(build, tokens):
     weights = build("InhomogeneousDepthwiseConv(kernel_size=3, num_groups=4)", 16).weights(tokens(2, 8, 8, 16))
     assert weights.weights.shape == (2, 4, 64, 9)
+
+
+# planted by scripts/mutate
+FAULTS = (
+    (
+        "predicted kernels are read tap by tap, not group by group",
+        "self.conv2(hidden).unflatten(-1, (self.num_groups, -1))",
+        "self.conv2(hidden).unflatten(-1, (-1, self.num_groups)).transpose(-1, -2)",
+    ),
+    (
+        "channels of a group lie apart in the values",
+        "source.flatten(1, -2).unflatten(-1, (self.num_groups, -1))",
+        "source.flatten(1, -2).unflatten(-1, (-1, self.num_groups)).transpose(-1, -2)",
+    ),
+    (
+        "the batch norm's statistics count padding",
+        "normalise(self.bn, self.conv1(x), valid, update=update)",
+        "normalise(self.bn, self.conv1(x), None, update=update)",
+    ),
+    (
+        "the definition gives positions the kernels of the transposed grid",
+        "update=update_statistics).flatten(1, -3).transpose(1, 2)",
+        "update=update_statistics).transpose(1, -3).flatten(1, -3).transpose(1, 2)",
+    ),
+    ("the prediction has no ReLU", "update=update).relu()", "update=update)"),
+)

@@ -90,3 +90,34 @@ def test_parameters():
 def test_weights_do_not_depend_on_the_image(build, tokens):
     weights = build("LocalMLP(window_size=4, num_heads=2)", 16).weights(tokens(2, 8, 8, 16))
     assert weights.weights.shape == (1, 2, 64, 16)
+
+
+# planted by scripts/mutate
+FAULTS = (
+    (
+        "query and source are exchanged in the definition",
+        "self.weight[:, place].transpose(0, 1)",
+        "self.weight.mT[:, place].transpose(0, 1)",
+    ),
+    ("query and source are exchanged in the fast path", '"gqk,bwkgd->bwqgd"', '"gkq,bwkgd->bwqgd"'),
+    (
+        "empty places of a window hold the first token",
+        "v = pick_or_zero(values, sources)",
+        "v = pick(values, sources.clamp(min=0))",
+    ),
+    (
+        "windows of a padded image are cut by the batch's size",
+        "self.shift_size, valid, x.device)",
+        "self.shift_size, None, x.device)",
+    ),
+    (
+        "all heads mix places as the first one does",
+        "self.weight.to(v.dtype), v)",
+        "self.weight[:1].expand_as(self.weight).to(v.dtype), v)",
+    ),
+    (
+        "the first length of a window is taken for that of the columns",
+        'self._window = per_axis("window_size", window_size, rank)',
+        'self._window = per_axis("window_size", window_size, rank)[::-1]',
+    ),
+)

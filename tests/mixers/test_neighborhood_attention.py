@@ -175,3 +175,54 @@ def test_parameters():
 def test_weights_hold_one_kernel_for_each_query(build, tokens, border):
     weights = build(spec_of(3, border=border), 16).weights(tokens(2, 8, 8, 16))
     assert weights.weights.shape == (2, HEADS, 64, 9)
+
+
+# planted by scripts/mutate
+FAULTS = (
+    (
+        "the bias table is flipped: query minus source",
+        "(torch.arange(kernel, device=x.device) + kernel - 1 - before)[None]",
+        "(before - torch.arange(kernel, device=x.device) + kernel - 1)[None]",
+    ),
+    (
+        "the shifted window's bias table is flipped",
+        "(member - rank_in_class[:, None] + kernel - 1)",
+        "(rank_in_class[:, None] - member + kernel - 1)",
+    ),
+    ("a causal query sees the token after it", "kernel - 1 if self.causal else", "kernel - 2 if self.causal else"),
+    (
+        "the shifted window stops one token too late",
+        "in_class - kernel).clamp(min=0)",
+        "in_class - kernel + 1).clamp(min=0)",
+    ),
+    (
+        "dilated neighbors of a shifted window all start at the first class",
+        "first[:, None] + dilation * member, -1)",
+        "dilation * member, -1)",
+    ),
+    (
+        "padding takes part in the softmax",
+        "return inside if valid is None else inside & pick_or_zero(valid.flatten(1), index)",
+        "return inside",
+    ),
+    (
+        "windows are moved inward by the batch's size",
+        "size = extents(valid) if valid is not None and shifted else None",
+        "size = None",
+    ),
+    (
+        "the kernel's axes are exchanged",
+        "enumerate(zip(grid, self._kernel, strict=True)):",
+        "enumerate(zip(grid, self._kernel[::-1], strict=True)):",
+    ),
+    (
+        "positions of a subset of the queries are those of the first",
+        "places if queries is None else places[queries]",
+        "places if queries is None else places[: len(queries)]",
+    ),
+    (
+        "the first length of a kernel is taken for that of the columns",
+        '(per_axis if causal else odd_kernel)("kernel_size", kernel_size, rank)',
+        '(per_axis if causal else odd_kernel)("kernel_size", kernel_size, rank)[::-1]',
+    ),
+)

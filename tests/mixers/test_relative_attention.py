@@ -187,3 +187,67 @@ def test_parameters():
         "proj.bias": (96,),
         "relative_position_bias_table": (3, 13, 9),
     }
+
+
+# planted by scripts/mutate
+FAULTS = (
+    (
+        "without a position bias there is still a table",
+        "table_parameter(self.num_heads, *sides) if position_bias else None",
+        "table_parameter(self.num_heads, *sides)",
+    ),
+    ("the table is resized corner to corner", "size=shape, mode=mode)", "size=shape, mode=mode, align_corners=True)"),
+    ("the table is flipped: source minus query", "        table = table.flip(axes)\n", ""),
+    (
+        "the table's rows come last query first",
+        "return table.flip(axes).flatten(1, len(grid)).flatten(2)",
+        "return table.flatten(1, len(grid)).flatten(2)",
+    ),
+    (
+        "the table of a subset of the queries is flipped: source minus query",
+        "place[queries, None] - place + ",
+        "place - place[queries, None] + ",
+    ),
+    (
+        "the compiled bias gives all queries the row of the first",
+        "torch.arange(math.prod(grid), device=table.device) if queries",
+        "torch.zeros(math.prod(grid), device=table.device).long() if queries",
+    ),
+    (
+        "a padded image gets the table of the batch's size",
+        "self._bias_at(size, grid, queries) for size",
+        "self._bias_at(grid, grid, queries) for size",
+    ),
+    (
+        "the bias after the softmax gives padding a weight",
+        "weights = weights if seen is None else weights * seen",
+        "pass",
+    ),
+    ("positions are not added in the definition", "        x = add_position(x, pos_embed)\n", ""),
+    (
+        "positions are not added to the keys of the fast path",
+        "self.heads(x_at, 0), self.heads(x_at, 1)",
+        "self.heads(x_at, 0), self.heads(x, 1)",
+    ),
+    ("the fast path lets padding into the softmax", "position if mask is None else position + mask", "position"),
+    (
+        "all heads have the first one's bias",
+        "        table = table.flip(axes)\n",
+        "        table = table[:1].expand_as(table).flip(axes)\n",
+    ),
+    (
+        "at a subset of the queries all heads have the first one's bias",
+        "table.flatten(1)[:, entry",
+        "table[:1].expand_as(table).flatten(1)[:, entry",
+    ),
+    (
+        "the bias of a subset of the queries is that of the first rows",
+        "place[queries, None] - place + ",
+        "place[: len(queries), None] - place + ",
+    ),
+    (
+        "positions of a subset of the queries are those of the first",
+        "places if queries is None else places[queries]",
+        "places if queries is None else places[: len(queries)]",
+    ),
+)

@@ -236,3 +236,48 @@ def test_weights_are_one_row_for_each_query(build, tokens):
     weights = build(spec_of(), 16).weights(tokens(2, 8, 8, 16))
     assert weights.weights.shape == (2, HEADS, 64, 64)
     assert_close(weights.dense().sum(-1), torch.ones(2, HEADS, 64, dtype=torch.float64))
+
+
+# planted by scripts/mutate
+FAULTS = (
+    (
+        "a causal query does not see itself",
+        "(order <= order[:tokens, None] + past)",
+        "(order < order[:tokens, None] + past)",
+    ),
+    (
+        "new tokens do not see all that a cache remembers",
+        "(order <= order[:tokens, None] + past)",
+        "(order <= order[:tokens, None])",
+    ),
+    (
+        "padding takes part in the softmax",
+        "seen = None if valid is None else valid.flatten(1)[:, None, None]",
+        "seen = None if valid is None else torch.ones_like(valid).flatten(1)[:, None, None]",
+    ),
+    (
+        "the fast path spreads a row that sees nothing evenly",
+        "return self.proj(torch.where(some, mixed, 0))",
+        "return self.proj(mixed)",
+    ),
+    (
+        "keys get no positions without a source",
+        "source_pos_embed = pos_embed if source_pos_embed is None else source_pos_embed",
+        "source_pos_embed = None",
+    ),
+    (
+        "positions of a subset of the queries are those of the first",
+        "places[queries], (len(queries),)",
+        "places[: len(queries)], (len(queries),)",
+    ),
+    (
+        "tokens after a cache are placed at the start",
+        "positions[past:], positions",
+        "positions[: x.shape[1]], positions",
+    ),
+    (
+        "queries with another source are placed on its grid",
+        "return out_grid, places, nowhere, grid_positions(places, device=x.device)",
+        "return out_grid, places, grid_positions(places, device=x.device), grid_positions(places, device=x.device)",
+    ),
+)
