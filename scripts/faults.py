@@ -47,12 +47,14 @@ class _Of:
 _AGGREGATION = _core("aggregation.py", "test_aggregation.py", "test_mutants.py")
 _PLACES = _core("aggregation.py", "test_aggregation.py", "test_mixer.py")
 _MIXER = _core("mixer.py", "test_mixer.py", "test_spec.py", "test_mutants.py")
+_OPERATOR = _core("operator.py", "test_mixer.py", "test_spec.py", "test_mutants.py")
 _ARGUMENTS = _core("arguments.py", "test_mixer.py", "test_spec.py", "test_mutants.py")
 _BY_PADDING = "test_contract.py -k=padding_changes_nothing"
 _BY_VALID = _core("mixer.py", "mixers/test_convolution.py")
 _BY_CACHE = _core("mixer.py", "test_mixer.py", "mixers/test_self_attention.py")
-_BY_STATISTICS = _core("mixer.py", "mixers/test_dynamic_depthwise_conv.py")
 _BY_CONTRACT = _core("mixer.py", "test_contract.py -k='declared_cost or shapes_are_refused or query_subset'")
+_BY_COUNTING = _core("operator.py", "test_contract.py -k='declared_cost or shapes_are_refused or query_subset'")
+_BY_STATISTICS = _core("operator.py", "mixers/test_dynamic_depthwise_conv.py")
 _SPEC = _core("spec.py", "test_spec.py")
 _INSPECTION = _core("inspection.py", "test_inspection.py", "test_mutants.py")
 _CALLS = _core("inspection.py", "test_mutants.py", "test_inspection.py")
@@ -167,19 +169,19 @@ _CORE = (
         "torch._C._are_functorch_transforms_active():",
         "False:",
     ),
-    _MIXER(
+    _OPERATOR(
         "afterwards a frozen batch norm is in the mode of its mixer",
         "        for part, training in modes:\n            part.training = training",
         "        module.train(modes[0][1])",
     ),
-    _MIXER(
+    _OPERATOR(
         "an operator can be derived from a final one",
         "if final is not None:",
         "if False:",
     ),
-    _MIXER(
+    _OPERATOR(
         "all operators share the code object by which torch.compile counts",
-        "        cls.forward = forward  # type: ignore[method-assign]\n",
+        "        cls.forward = forward\n",
         "",
     ),
     _BY_CACHE(
@@ -197,7 +199,7 @@ _CORE = (
         'if self.impl == "fast":',
         'if self.impl == "never":',
     ),
-    _BY_CONTRACT(
+    _BY_COUNTING(
         "the counted cost is in operations, twice the multiply-adds",
         "counter.get_total_flops() // 2",
         "counter.get_total_flops()",
@@ -227,12 +229,12 @@ _CORE = (
         "tokens.masked_fill(~valid[..., None] & ~tokens.isfinite(), 0)",
         "tokens.masked_fill(~tokens.isfinite(), 0)",
     ),
-    _core("mixer.py", "test_mutants.py", "mixers/test_self_attention.py", _BY_PADDING)(
+    _core("operator.py", "test_mutants.py", "mixers/test_self_attention.py", _BY_PADDING)(
         "what is infinite or NaN in the padding of a source reaches real tokens",
         'call["source"] = finite_outside(source, valid)',
         'call["source"] = source',
     ),
-    _core("mixer.py", "test_mutants.py", "mixers/test_self_attention.py")(
+    _core("operator.py", "test_mutants.py", "mixers/test_self_attention.py")(
         "with a cache, the padding of new tokens is taken for that of the first",
         "return finite_outside(x, valid[:, past:]), call",
         "return finite_outside(x, valid[:, : valid.shape[1] - past]), call",
@@ -242,12 +244,12 @@ _CORE = (
         "if tuple(positions.shape) not in (tuple(tokens.shape), (1, *tokens.shape[1:])):",
         "if False:",
     ),
-    _MIXER(
+    _OPERATOR(
         "positions of the source are measured by x",
         '("source_pos_embed", x if source is None else source)',
         '("source_pos_embed", x)',
     ),
-    _MIXER(
+    _OPERATOR(
         "flat positions stay flat on the grid",
         'call.keys() & {"valid", "pos_embed"}',
         'call.keys() & {"valid"}',
@@ -287,12 +289,12 @@ _CORE = (
         'taken["update_statistics"] = update and self.training',
         'taken["update_statistics"] = False',
     ),
-    _MIXER(
+    _OPERATOR(
         "repr leaves out what is not the default for a flag",
         "if value != parameter.default and not (",
         "if value != parameter.default and not isinstance(value, bool) and not (",
     ),
-    _MIXER(
+    _OPERATOR(
         "repr leaves out out_dim",
         '(name == "out_dim" and value == self.dim)',
         '(name == "out_dim")',
@@ -307,7 +309,7 @@ _CORE = (
         "if any(size % 2 == 0 for size in sizes):",
         "if any(size < 1 for size in sizes):",
     ),
-    _MIXER(
+    _OPERATOR(
         "class tokens in front are dropped in silence by operators that have no place for them",
         "                if prefix:\n                    raise ValueError(",
         "                x = x[:, prefix:]\n                if prefix < 0:\n                    raise ValueError(",

@@ -17,7 +17,8 @@ PACKAGE = Path(__file__).parents[1] / "src" / "glocal"
 BELOW = {
     "aggregation": [],
     "arguments": [],
-    "mixer": ["aggregation", "arguments"],
+    "operator": ["arguments"],
+    "mixer": ["aggregation", "operator"],
     "positions": [],
     "kernels": ["aggregation"],
     "mixers": ["kernels", "mixer", "positions"],
@@ -51,7 +52,7 @@ TOP = {"cli", "__init__", "__main__"}
 
 # Places that run with the core dependencies alone.
 CORE = [
-    *["aggregation", "arguments", "mixer", "positions", "kernels", "mixers", "spec", "blocks", "backbone"],
+    *["aggregation", "arguments", "operator", "mixer", "positions", "kernels", "mixers", "spec", "blocks", "backbone"],
     *["inspection", "evidence", "contract", "conversion", "__init__"],
 ]
 CORE_DEPENDENCIES = {"torch", "numpy"}

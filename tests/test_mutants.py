@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import glocal
-from glocal import contract, mixer, mixers
+from glocal import contract, mixers, operator
 from glocal.kernels import gathered_scores, gathered_sum, local_sum
 
 HOLE = torch.tensor([[True, True, True, True], [True, False, True, True], [True, True, True, True]])
@@ -433,7 +433,7 @@ BROKEN = {  # check -> spec, and what breaks its promise
     "float64": (POOLING, fast(lambda out: out.float().double())),
     "bfloat16": (POOLING, fast(lambda out: out * 1.05)),
     "autocast": (POOLING, fast(lambda out: out * 1.2)),
-    "wrong_shapes_are_refused": (POOLING, instead(mixer, "check_tokens", lambda real: lambda *arguments: None)),
+    "wrong_shapes_are_refused": (POOLING, instead(operator, "check_tokens", lambda real: lambda *arguments: None)),
     "state_dict_round_trip": (
         "AveragePooling(kernel_size=5)",
         instead(mixers.AveragePooling, "__repr__", lambda real: lambda self: "AveragePooling()"),
@@ -445,7 +445,7 @@ BROKEN = {  # check -> spec, and what breaks its promise
 
 
 ALSO = [  # further ways to break the same promise
-    ("padding_changes_nothing", CAUSAL, instead(mixer, "finite_outside", lambda real: lambda tokens, valid: tokens)),
+    ("padding_changes_nothing", CAUSAL, instead(operator, "finite_outside", lambda real: lambda tokens, valid: tokens)),
     ("positions_are_those_of_the_grid", POOLING, placed(lambda places: places.flip(-1))),
     ("positions_are_those_of_the_grid", POOLING, placed(lambda places: places.flip(0))),
     ("autocast", POOLING, fast(lambda out: out + 0 * (out - out.detach()).abs().sqrt())),  # only the gradient is NaN

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from glocal.mixer import Cache as Cache
     from glocal.mixer import TokenMixer as TokenMixer
     from glocal.mixer import Unsupported as Unsupported
+    from glocal.operator import TokenModule as TokenModule
     from glocal.spec import available as available
     from glocal.spec import build as build
 
@@ -24,6 +25,7 @@ _PUBLIC = {
     "Backbone": "glocal.backbone",
     "Cache": "glocal.mixer",
     "TokenMixer": "glocal.mixer",
+    "TokenModule": "glocal.operator",
     "Unsupported": "glocal.mixer",
     "aggregate": "glocal.aggregation",
     "available": "glocal.spec",

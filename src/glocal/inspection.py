@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from glocal.aggregation import Aggregation, aggregate
-from glocal.mixer import Cache, TokenMixer, modes_kept
+from glocal.mixer import Cache, TokenMixer
+from glocal.operator import modes_kept
 
 # largest difference, relative to the largest entry, at which a rebuilt output counts as the recorded one
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
