@@ -87,7 +87,7 @@ def verdict(candidates, *, winner=True, **condition):
     return {
         "data": best["data"], "fraction": 1.0, "after": None, "width": 1.0, **condition,
         "winner": name if winner else None, "best": name, "sentence": said,
-        "seeds_needed": None if winner else 12, "equal_budget": True,
+        "seeds_needed": None if winner else 12, "equal_budget": True, "target": 12_345_678,
         "pairs": [
             {"name": other["name"], "difference": other["difference_to_best"]["mean"],
              "low": other["difference_to_best"]["low"], "high": other["difference_to_best"]["high"],

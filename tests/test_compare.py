@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from glocal import compare as comparison
 from glocal import training
+from glocal.checkpoint import alone_in
 from glocal.compare import Study, check, compare, prepare_folder
 from glocal.config import CompareConfig
 from glocal.data import ImageData, load
@@ -206,8 +207,37 @@ def test_what_a_runs_name_covers(folder, monkeypatch):
     other = dataclasses.replace(data, train_images=data.train_images.clone().index_fill_(0, torch.tensor([3]), 7))
     assert not set(folders(Study(config(folder), {source: other}))) & set(names)
     assert not set(folders(Study(config(folder, data_fractions=(0.5,)), {source: data}))) & set(names)
+    models = config(folder, layouts=("C-C-T-T",), models=("timm:resnet10t",))
+    before = folders(Study(models, {source: data}))
+    version = comparison.metadata.version
+    with monkeypatch.context() as patch:  # timm counts for its own networks, torchvision for all
+        patch.setattr(comparison.metadata, "version", lambda name: "9.9" if name == "timm" else version(name))
+        after = folders(Study(models, {source: data}))
+        assert [one == other for one, other in zip(before, after, strict=True)] == [True, False] * 2
+    with monkeypatch.context() as patch:
+        patch.setattr(comparison.metadata, "version", lambda name: "9.9" if name == "torchvision" else version(name))
+        assert not set(folders(Study(config(folder), {source: data}))) & set(names)
     monkeypatch.setattr(torch, "__version__", "9.9")
     assert not set(folders(Study(config(folder), {source: data}))) & set(names)
+
+
+def test_two_comparisons_do_not_share_a_folder(folder, in_process, monkeypatch):
+    (folder / "out").mkdir()
+    monkeypatch.setattr("glocal.checkpoint._PATIENCE", 0.2)
+    with alone_in(folder / "out"), pytest.raises(ValueError, match="out: another process is at work there; wait for"):
+        compare(config(folder), quiet=True)
+    assert in_process == []
+    compare(config(folder), quiet=True)
+    assert len(in_process) == 4
+
+
+def test_a_run_whose_configuration_was_changed_by_hand(folder):
+    compare(config(folder), quiet=True)
+    path = next((folder / "out" / "runs").iterdir())
+    text = (path / "config.yaml").read_text()
+    (path / "config.yaml").write_text(text.replace("epochs: 1", "epochs: 2"))
+    with pytest.raises(ValueError, match=rf"{path.name}: its config\.yaml was changed since; remove that folder"):
+        compare(config(folder), quiet=True)
 
 
 OPERATOR = """
@@ -275,7 +305,10 @@ def test_shares_of_the_images_and_widths(folder):
     assert set(shown) == {(0.25, 1.0), (0.25, 2.0), (1.0, 1.0), (1.0, 2.0)}
     assert shown[1.0, 2.0]["macs"] > 3 * shown[1.0, 1.0]["macs"]
     assert [len(shown[f, 1.0]["curves"][0]["test_accuracy"]) for f in (0.25, 1.0)] == [2, 1]  # 1 / sqrt(f) epochs
-    assert {(v["fraction"], v["width"]) for v in results["verdicts"]} == set(shown)
+    targets = {(v["fraction"], v["width"]): v["target"] for v in results["verdicts"]}
+    assert targets.keys() == shown.keys()
+    for condition, candidate in shown.items():
+        assert candidate["macs"] == pytest.approx(targets[condition], rel=0.02)
 
 
 def test_every_share_of_the_images_has_its_seeds(folder):
@@ -297,6 +330,7 @@ def test_every_image_is_tested_once_in_cross_validation(folder, in_process):
         assert np.sum(candidate["confusion"]) == 2 * (48 + 18)
         assert [sum(true) for true in candidate["confusion"]] == [44, 44, 44]
         assert len(candidate["test_accuracy"]["per_seed"]) == 2
+    assert (results["data"]["train_images"], results["data"]["test_images"]) == (44, 66)
 
 
 def test_the_learning_rate_is_chosen_on_validation_images(folder, in_process, monkeypatch):
@@ -384,6 +418,7 @@ def test_networks_go_on_to_other_data(folder, in_process):
     weights = load_file(study.folder(then[0]) / "weights.safetensors")
     assert weights["stem.conv1.weight"].shape[1] == 3 and weights["head.fc.weight"].shape[0] == 2
     assert [v["after"] for v in results["verdicts"]] == [None, asked.data[0]]
+    assert results["verdicts"][1]["target"] is None  # they were sized for the first data
     before = len(in_process)
     compare(asked, quiet=True)
     assert len(in_process) == before
@@ -455,6 +490,8 @@ def test_the_recipe_follows_the_kind_of_data():
         ({"data_fractions": (1.5,)}, "--data-fractions: 1.5; it must be above 0 and at most 1"),
         ({"data_fractions": ()}, "--data-fractions: none given"),
         ({"widths": (-1.0,)}, "--widths: -1; it must be above 0"),
+        ({"widths": (0.9,)}, r"--widths: 0.9 and 1 both give stages of \(32, 32, 32, 32\) channels"),
+        ({"widths": (3.0, 2.9)}, r"--widths: 2.9 and 3 both give stages of \(96, 96, 96, 96\) channels"),
         ({"data": ()}, "--data: none given"),
         ({"layouts": ("C-T", "T", "C-T")}, "--layouts: 'C-T' is named twice; name it once"),
         ({"layouts": ("C-T", "C-Q")}, "unknown letter 'Q'"),

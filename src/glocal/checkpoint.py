@@ -9,7 +9,10 @@ import json
 import os
 import pickle
 import shutil
+import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +22,49 @@ from safetensors import safe_open
 from torch import Tensor
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+_PATIENCE = 5  # seconds to wait for another process, which may be on its way out
 _STEPS = "step-*"  # the folders of a training state
 
 
 class CheckpointError(ValueError):
     """A file of weights cannot be read, or belongs to something else; the message says which and why."""
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keeps other processes that ask the same out of a folder; it is free again however this process ends.
+
+    Does nothing where the system has no such locks.
+
+    Args:
+        folder: One that exists.
+
+    Raises:
+        CheckpointError: Another process is at work there.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise CheckpointError(
+                        f"{folder}: another process is at work there; wait for it, or name another folder"
+                    ) from None
+                time.sleep(0.1)
+            except OSError:  # a file system without locks
+                break
+        yield
+    finally:
+        os.close(lock)
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:

@@ -11,6 +11,7 @@ import math
 import re
 import time
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 import glocal
 from glocal.backbone import parse_layout
 from glocal.candidates import Networks, entries
-from glocal.checkpoint import CheckpointError, load_weights, write_text
+from glocal.checkpoint import CheckpointError, alone_in, load_weights, write_text
 from glocal.config import CompareConfig, RunConfig, to_plain
 from glocal.data import PROBES, ImageData, load
 from glocal.data.splits import fold
@@ -128,8 +129,9 @@ def compare(config: CompareConfig, *, workers: int | None = None, quiet: bool = 
     sources = dict.fromkeys([*config.data, *([config.then] if config.then else [])])
     study = Study(config, {source: load(source) for source in sources})
     prepare_folder(config.out)
-    study.networks.keep()
-    return study.run(workers, quiet)
+    with alone_in(config.out):
+        study.networks.keep()
+        return study.run(workers, quiet)
 
 
 class Study:
@@ -155,6 +157,7 @@ class Study:
                 raise ValueError(f"--data: {same[0]!r} and {same[1]!r} hold the same images; name one of them")
         self.lr: dict[Cell, float] = {}  # what to multiply the recipe's with, chosen on validation images
         self._results: dict[Planned, RunResult] = {}
+        self._outcomes: dict[tuple[Planned, ...], Outcome] = {}
 
     def run(self, workers: int | None, quiet: bool) -> dict[str, Any]:
         """Does what is not done, and writes what is known again and again."""
@@ -220,6 +223,8 @@ class Study:
         key.update(json.dumps(described, sort_keys=True).encode())
         key.update(self.identities[run.cell.condition.data].encode())
         config = run.cell.network.config
+        if (config.model or "").startswith("timm:"):
+            key.update(_version("timm").encode())
         for text in (config.model,) if config.model else parse_layout(config.layout):
             if found := re.match(r"([^()'\"]+\.py):", text.strip()):
                 key.update(Path(found[1]).expanduser().read_bytes())
@@ -237,8 +242,11 @@ class Study:
             images = self.identities[run.cell.condition.data]
             try:
                 found = finished(self.folder(run), self.config_of(run), images)
-            except CheckpointError:  # somebody changed its configuration by hand
-                found = None
+            except CheckpointError as error:
+                folder = self.folder(run)
+                raise ValueError(
+                    f"{folder}: its config.yaml was changed since; remove that folder, and the run is done again"
+                ) from error
             if found is None:
                 return None
             self._results[run] = found
@@ -285,6 +293,7 @@ class Study:
                 cell.network.resized,
                 cell.recipe.lr * self.lr.get(cell, 1.0),
                 cell.seeds,
+                cell.target,
                 tuple(outcomes.get(cell, ())),
             )
             for cell in self.plan.cells
@@ -296,6 +305,7 @@ class Study:
             {source: to_plain(recipe(images, self.config.epochs)) for source, images in self.data.items()},
             {"of": self.config.budget, "targets": self.plan.targets},
             {"finished": done, "planned": sum(map(len, self.plan.phases))},
+            self.config.folds,
         )
         out = self.config.out
         if done or not (out / "results.json").exists():  # an old report stays until there is something to say
@@ -306,6 +316,8 @@ class Study:
 
     def _outcome(self, runs: Sequence[Planned]) -> Outcome | None:
         """One seed of a cell, from the runs of all its folds."""
+        if tuple(runs) in self._outcomes:
+            return self._outcomes[tuple(runs)]
         results = [result for run in runs if (result := self.result(run)) is not None]
         if len(results) < len(runs):
             return None
@@ -314,7 +326,8 @@ class Study:
             np.concatenate([predictions[name].numpy() for predictions in found])
             for name in ("predicted", "label", "loss")
         )
-        return Outcome(runs[0].seed, tuple(results), predicted, labels, losses)
+        self._outcomes[tuple(runs)] = Outcome(runs[0].seed, tuple(results), predicted, labels, losses)
+        return self._outcomes[tuple(runs)]
 
     def _test_images(self, condition: Condition) -> torch.Tensor:
         images = self.data[condition.data]
@@ -330,8 +343,13 @@ def _environment(without: set[str]) -> Any:
     for path in sorted(package.rglob("*.py")):
         if not without & set(path.relative_to(package).parts):
             content.update(path.read_bytes())
-    content.update(f"{torch.__version__} {device_name()}".encode())
+    versions = " ".join(_version(name) for name in ("numpy", "accelerate", "torchvision", "pillow"))
+    content.update(f"{torch.__version__} {versions} {device_name()}".encode())
     return content
+
+
+def _version(package: str) -> str:
+    return f"{package} {metadata.version(package)}"
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from glocal.candidates import Network, Networks, entries
+from glocal.candidates import Network, Networks, base_dims, entries
 from glocal.config import CompareConfig, DataConfig, TrainConfig
 from glocal.data import ImageData
 from glocal.data.splits import as_form, fold
@@ -46,6 +46,7 @@ class Cell:
     recipe: TrainConfig
     network: Network
     seeds: int
+    target: int | None  # what networks of ours cost under this condition; None where they were sized for another
     parent: "Cell | None" = None  # the weights of whose runs its own start from
 
     @property
@@ -123,7 +124,10 @@ class Plan:
         own = self.data[source]
         chans = own.in_chans if self.config.then is None else max(own.in_chans, self.data[self.config.then].in_chans)
         data, images = self._form(source, chans, own.img_size)
-        self.targets[source] = self.networks.budget(images, of=self.config.budget, width=self.config.widths[0])
+        targets = {
+            width: self.networks.budget(images, of=self.config.budget, width=width) for width in self._widths(own)
+        }
+        self.targets[source] = targets[self.config.widths[0]]
         cells = []
         for fraction in sorted(self.config.data_fractions):
             seeds = self.config.seeds[self.config.data_fractions.index(fraction) if len(self.config.seeds) > 1 else 0]
@@ -138,6 +142,7 @@ class Plan:
                         recipe(own, self.config.epochs, fraction),
                         whole,
                         seeds,
+                        targets[width],
                     )
                     cells.append(cell)
                     cells += [
@@ -152,6 +157,22 @@ class Plan:
                 raise ValueError(f"--ablate: {without} changes nothing in any of the networks; leave it out")
         return cells
 
+    def _widths(self, data: ImageData) -> tuple[float, ...]:
+        """The widths of the study.
+
+        Raises:
+            ValueError: Two of them, or one and the standard width, are the same network.
+        """
+        made: dict[tuple[int, ...], float] = {base_dims(data, 1): 1}
+        for width in self.config.widths:
+            dims = base_dims(data, width)
+            if made.setdefault(dims, width) != width:
+                raise ValueError(
+                    f"--widths: {width:g} and {made[dims]:g} both give stages of {dims} channels for {data.name}, as "
+                    "widths go in steps of a head's 32 channels; leave one out, or take one further away"
+                )
+        return self.config.widths
+
     def _after(self, cell: Cell, then: str) -> Cell:
         before = self.data[cell.condition.data]
         chans = max(before.in_chans, self.data[then].in_chans)
@@ -162,6 +183,7 @@ class Plan:
             data=data,
             recipe=recipe(self.data[then], self.config.epochs),
             network=self.networks.made_for(cell.network.config, images, cell.network.resized),
+            target=None,
             parent=cell,
         )
 

@@ -77,6 +77,7 @@ class Row:
     resized: bool
     lr: float
     seeds: int  # that are planned
+    target: int | None  # of the budget
     outcomes: tuple[Outcome, ...]
 
 
@@ -87,6 +88,7 @@ def summarise(
     recipes: dict[str, dict[str, Any]],
     budget: dict[str, Any],
     runs: dict[str, int],
+    folds: int = 0,
 ) -> dict[str, Any]:
     """What results.json holds; a row without a finished seed is left out.
 
@@ -97,6 +99,7 @@ def summarise(
         recipes: Of every source, in plain form.
         budget: `of` and `targets`.
         runs: `finished` and `planned`.
+        folds: Number of folds; 0 for the split that the data has.
     """
     incomplete = {row.condition for row in rows if row.without is None and len(row.outcomes) < row.seeds}
     rows = [row for row in rows if row.outcomes]
@@ -108,8 +111,7 @@ def summarise(
     datasets = [
         {
             "name": source,
-            "train_images": len(images.train_labels),
-            "test_images": len(images.test_labels),
+            **_counts(images, folds),
             "classes": list(images.classes),
             "img_size": list(images.img_size),
             "in_chans": images.in_chans,
@@ -132,6 +134,16 @@ def summarise(
         "verdicts": verdicts,
         "ablations": _ablations(rows),
     }
+
+
+def _counts(images: ImageData, folds: int) -> dict[str, int]:
+    """Training images of a run, and test images of all its folds together."""
+    train, test = len(images.train_labels), len(images.test_labels)
+    return (
+        {"train_images": train, "test_images": test}
+        if not folds
+        else {"train_images": (train + test) * (folds - 1) // folds, "test_images": train + test}
+    )
 
 
 def device_name() -> str:
@@ -228,6 +240,7 @@ def _verdict(
         "seeds_needed": verdict.seeds_needed,
         "images_needed": verdict.images_needed,
         "equal_budget": equal,
+        "target": rows[0].target,
         "pairs": [
             {
                 "name": names[pair.index],

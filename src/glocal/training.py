@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +20,7 @@ import yaml
 from torch import Tensor, nn
 
 from glocal.analysis.memory import peak_memory
-from glocal.checkpoint import CheckpointError, load_state, save_state, save_weights, write_text
+from glocal.checkpoint import CheckpointError, alone_in, load_state, save_state, save_weights, write_text
 from glocal.config import RunConfig, to_plain
 from glocal.data import ImageData
 from glocal.data.augment import crop_and_flip, randaugment
@@ -113,10 +114,10 @@ def images_of(config: RunConfig, data: ImageData) -> ImageData:
         data = as_form(data, asked.in_chans or data.in_chans, asked.img_size or data.img_size)
     if asked.folds:
         data = fold(data, asked.fold, asked.folds)
-    if asked.validation:
-        data = hold_out(data)
     # Another seed learns from other images, so that the spread over seeds holds the luck of the draw.
-    return fraction(data, asked.fraction, config.seed)
+    data = fraction(data, asked.fraction, config.seed)
+    # Held out of the share: who has few images has few to choose a setting by.
+    return hold_out(data) if asked.validation else data
 
 
 def train(
@@ -147,7 +148,8 @@ def train(
     Raises:
         NotFinite: The loss became infinite or NaN; the last state before is kept.
         ValueError: The configuration cannot be used for this data.
-        CheckpointError: `config.weights` cannot be used, or `folder` holds another run.
+        CheckpointError: `config.weights` cannot be used, `folder` holds another run, or another process is at work
+            there.
     """
     images = identity(data) if folder is not None else ""
     if folder is not None and (done := finished(folder, config, images)) is not None:
@@ -160,7 +162,11 @@ def train(
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=config.train.precision)
     if config.train.precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("precision fp16 needs a GPU; on a CPU use bf16")
-    with torch.random.fork_rng():
+    with ExitStack() as held:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(alone_in(folder))
+        held.enter_context(torch.random.fork_rng())
         run = _Run(config, images_of(config, data), accelerator, listener or _Silent())
         if folder is not None:
             run.live_in(folder, images, tensorboard)
@@ -265,7 +271,6 @@ class _Run:
     def live_in(self, folder: Path, images: str, tensorboard: bool) -> None:
         """Keeps what happens in a folder, and goes on from what is kept there."""
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "config.yaml", yaml.safe_dump(_described(self.config, images), sort_keys=False))
         self._resume(folder)
         self._cut_metrics(folder / "metrics.jsonl")

@@ -212,9 +212,9 @@ def condition_tables(study: Study, condition: Condition) -> tuple[Markup, Markup
                 memory(candidate.get("peak_memory")),
             )
         )
-    budget = at(study.results, "budget", "targets", condition.data)
+    budget = (study.verdict(condition) or {}).get("target")
     aim = ""
-    if budget is not None and condition.width == 1:
+    if budget is not None:
         of = "parameters" if at(study.results, "budget", "of") == "params" else "multiply-adds"
         aim = f" Budget: {amount(budget)} {of}."
     return (

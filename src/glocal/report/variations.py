@@ -88,8 +88,11 @@ def transfer(study: Study) -> Section | None:
         before = {c["name"]: c for c in study.candidates.get(scratch, [])}
         gains = []
         for candidate in study.candidates[condition]:
-            old, new = (at(c, "test_accuracy", "mean") for c in (before.get(candidate["name"]), candidate))
-            gains.append((candidate["name"], old, new, None if old is None or new is None else new - old))
+            at_once = before.get(candidate["name"])
+            old, new = (at(c, "test_accuracy", "mean") for c in (at_once, candidate))
+            same = at_once is not None and all(at_once.get(k) == candidate.get(k) for k in ("params", "macs", "dims"))
+            gain = new - old if same and old is not None and new is not None else None
+            gains.append((candidate["name"], old, new, gain))
         first = study.label(condition.after or "")
         if before:
             body.append(
@@ -115,7 +118,8 @@ def transfer(study: Study) -> Section | None:
         Markup("\n").join(body),
         "Each network was trained on the first data set, got a new head and was trained on the second one. Where the "
         "two differ, grey images are repeated to three channels and images are resized.",
-        "Gains are differences of means, without an interval.",
+        "Gains are differences of means, without an interval. There is none where the network trained at once is "
+        "another one: each is sized for the data that it sees first.",
     )
 
 
