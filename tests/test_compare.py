@@ -19,6 +19,7 @@ from glocal.compare import Study, check, compare, prepare_folder
 from glocal.config import CompareConfig
 from glocal.data import ImageData, load
 from glocal.plan import recipe
+from glocal.runs import images_of
 
 
 def write_digits(folder, train=48, test=18, side=8, seed=0):
@@ -341,7 +342,7 @@ def test_the_learning_rate_is_chosen_on_validation_images(folder, in_process, mo
         if run.data.validation:
             tried.append(run.train.lr)
             # another rate is the best for each layout, whatever the test says
-            assert len(training.images_of(run, data).test_labels) in range(3, 9)
+            assert len(images_of(run, data).test_labels) in range(3, 9)
         return original(run, data, out, **rest)
 
     monkeypatch.setattr(training, "train", train)

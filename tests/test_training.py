@@ -21,6 +21,7 @@ from glocal.checkpoint import CheckpointError
 from glocal.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from glocal.data import ImageData
 from glocal.data.splits import fold, fraction, hold_out
+from glocal.runs import images_of
 
 
 @pytest.fixture(autouse=True)
@@ -446,10 +447,10 @@ def test_weights_of_another_network_are_refused(tmp_path):
 
 def test_which_images_a_run_sees():
     data = easy()
-    assert training.images_of(run(), data) is data
+    assert images_of(run(), data) is data
 
     def of(**options):
-        return training.images_of(dataclasses.replace(run(), data=DataConfig("easy", **options), seed=3), data)
+        return images_of(dataclasses.replace(run(), data=DataConfig("easy", **options), seed=3), data)
 
     def equal(one, other):
         names = ("train_images", "train_labels", "test_images", "test_labels")

@@ -107,7 +107,8 @@ def _train(name: str, arguments: Sequence[str]) -> int:
     if command is None:
         return 0
     from glocal.data import load
-    from glocal.running import Progress, train_here
+    from glocal.progress import Progress
+    from glocal.running import train_here
 
     kept = f"the last state is kept in {str(command.out)!r}; the same command with --resume continues"
     with _said_in_one_line(name, kept):
@@ -132,7 +133,7 @@ def _evaluate(name: str, arguments: Sequence[str]) -> int:
 
     from glocal.data import load
     from glocal.inference import evaluate, load_trained
-    from glocal.training import images_of
+    from glocal.runs import images_of
 
     with _said_in_one_line(name):
         trained = load_trained(command.run)

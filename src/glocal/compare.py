@@ -26,15 +26,17 @@ from glocal.config import CompareConfig, RunConfig, to_plain
 from glocal.data import PROBES, ImageData, load
 from glocal.data.splits import fold
 from glocal.plan import TUNED, Cell, Plan, Planned, recipe
+from glocal.progress import Progress
 from glocal.report import compare_report, results_csv, results_latex
-from glocal.running import Job, Progress, run_all
+from glocal.running import Job, run_all
+from glocal.runs import RunResult, finished, identity
 from glocal.summary import Condition, Outcome, Row, device_name, summarise
-from glocal.training import RunResult, finished, identity
 
 # What of the package cannot change what a run computes.
 NOT_IN_RUNS = {
     *("cli.py", "__main__.py", "compare.py", "plan.py", "candidates.py", "budget.py", "cost.py", "running.py"),
-    *("config.py", "statistics.py", "summary.py", "report", "check.py", "inference.py", "contract.py", "evidence.py"),
+    *("progress.py", "config.py", "statistics.py", "summary.py", "report", "check.py", "inference.py"),
+    *("contract.py", "evidence.py", "inspection.py"),
 }
 EMBEDDED = (*PROBES, "digits")
 SECONDS_BETWEEN_REPORTS = 20

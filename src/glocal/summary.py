@@ -17,8 +17,8 @@ from PIL import Image
 import glocal
 from glocal.config import ModelConfig
 from glocal.data import ImageData
+from glocal.runs import RunResult
 from glocal.statistics import interval, judge, sentence
-from glocal.training import RunResult
 
 _HARDEST = 12  # test images shown
 _PICTURE_SIDE = 96  # pixels; larger ones are reduced
