@@ -47,14 +47,20 @@ def mistake(capsys, *arguments):
     return captured.err.strip()
 
 
+COMMANDS = "compare, train, evaluate, predict, check-data, list, check-operator, explain-path"
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "glocal: name a command: compare, train, evaluate, predict, check-data; see glocal --help"),
+        (
+            [],
+            f"glocal: name a command: {COMMANDS}; see glocal --help",
+        ),
         (["compar"], "glocal: unknown command 'compar'; did you mean 'compare'?"),
         (
             ["zzz"],
-            "glocal: unknown command 'zzz'; valid are compare, train, evaluate, predict, check-data, --help, --ver",
+            f"glocal: unknown command 'zzz'; valid are {COMMANDS}, --help, --version",
         ),
         (["--verson"], "glocal: unknown option '--verson'; did you mean '--version'?"),
         (["compare", "--seds", "3"], "glocal compare: unknown option '--seds'; did you mean '--seeds'?"),

@@ -245,6 +245,46 @@ class CheckDataCommand:
 
 
 @dataclass(frozen=True)
+class ListCommand:
+    """All operators: the weights they store at batch 2 on 8 x 8 tokens, and what is measured of them."""
+
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True)
+class CheckOperatorCommand:
+    """Runs the contract that every operator keeps on one of them, and says in words what is broken, where, and by
+    how much."""
+
+    operator: tyro.conf.Positional[str]
+    """Such as 'SelfAttention(num_heads=4)', or 'path/to/file.py:Shift(step=2)' for one of your own."""
+
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True)
+class ExplainPathCommand:
+    """Which path an operator takes, and why not the other."""
+
+    operator: tyro.conf.Positional[str]
+    """Such as 'WindowAttention(window_size=7)'."""
+
+    shape: tuple[int, ...] = (1, 56, 56, 64)
+    """Of the tokens: batch, lengths of the grid, channels."""
+
+    dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
+    """Of tokens and parameters."""
+
+    impl: Literal["auto", "fast", "reference"] = "auto"
+    """What the operator is asked for."""
+
+    training: bool = False
+    """In training instead of evaluation."""
+
+
+@dataclass(frozen=True)
 class CompareConfig:
     """Trains several networks on the same data, several times each, and says how they compare."""
 
