@@ -1,6 +1,6 @@
 """The faults that scripts/mutate plants: each breaks one promise, and a test has to notice.
 
-Those of an operator stand at the end of its test, tests/mixers/test_*.py.
+Those of an operator, and others, stand at the end of their test.
 """
 
 import ast
@@ -1036,17 +1036,23 @@ _RUNS = (
 )
 
 
-def _of_operators() -> Iterator[Fault]:
-    """Faults of operators: the literal `FAULTS` of tests/mixers/test_foo.py, for mixers/foo.py."""
-    for test in sorted((ROOT / "tests" / "mixers").glob("test_*.py")):
-        stem = test.stem.removeprefix("test_")
-        found = next((n.value for n in _assignments(test) if "FAULTS" in _names(n)), None)
-        if found is not None:
-            file = f"src/glocal/mixers/{stem}.py"
-            classes = [n.name for n in ast.parse((ROOT / file).read_text("utf-8")).body if isinstance(n, ast.ClassDef)]
-            contract = f"tests/test_contract.py -k={shlex.quote(' or '.join(f'-{c}' for c in classes))}"
-            tests = (f"tests/mixers/{test.name}", contract, "tests/test_mutants.py", "tests/test_mixer.py")
-            yield from (Fault(file, old, new, breaks, tests) for breaks, old, new in ast.literal_eval(found))
+def _of_tests() -> Iterator[Fault]:
+    """The literal `FAULTS` of a test, for the file of the same name, or for each file that it names."""
+    for test in sorted((ROOT / "tests").rglob("test_*.py")):
+        found = next((ast.literal_eval(n.value) for n in _assignments(test) if "FAULTS" in _names(n)), ())
+        relative = test.relative_to(ROOT / "tests")
+        own = str(relative.with_name(relative.name.removeprefix("test_")))
+        for file, faults in (found if isinstance(found, dict) else {own: found}).items():
+            source, tests = f"src/glocal/{file}", (f"tests/{relative}",)
+            if file.startswith("mixers/"):
+                tests += (*_contract(source), "tests/test_mutants.py", "tests/test_mixer.py")
+            yield from (Fault(source, old, new, breaks, tests) for breaks, old, new in faults)
+
+
+def _contract(source: str) -> tuple[str, ...]:
+    """The contract of the operators that a file defines."""
+    classes = [n.name for n in ast.parse((ROOT / source).read_text("utf-8")).body if isinstance(n, ast.ClassDef)]
+    return (f"tests/test_contract.py -k={shlex.quote(' or '.join(f'-{c}' for c in classes))}",)
 
 
 def _assignments(file: Path) -> Iterator[ast.Assign]:
@@ -1066,5 +1072,5 @@ FAULTS: tuple[Fault, ...] = (
     *_RUNS,
     *_PROBES,
     *_SHARED,
-    *_of_operators(),
+    *_of_tests(),
 )

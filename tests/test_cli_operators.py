@@ -33,7 +33,7 @@ class RowMean(TokenMixer):
         return x.mean(2, keepdim=True).expand_as(x)
 """
 
-FAULTS = {
+MISTAKES = {
     "transposed grid": ("x.mean(2, keepdim", "x.mean(1, keepdim"),
     "ignored padding": ("seen / seen.sum(-1, keepdim=True).clamp(min=1)", "seen / width"),
     "wrong gradient": ("return x.mean", "x = (x + x.detach()) / 2\n        return x.mean"),
@@ -77,7 +77,7 @@ def test_a_users_operator_keeps_its_promises(call):
     ],
 )
 def test_a_fault_is_found_and_said(call, fault, promise, grids, sentence):
-    old, new = FAULTS[fault]
+    old, new = MISTAKES[fault]
     assert MINE.count(old) == 1
     code, out, _ = call("check-operator", "FILE:RowMean", text=MINE.replace(old, new))
     assert code == 1 and "promises broken" in out

@@ -524,3 +524,74 @@ def test_folders_that_cannot_be_written_to(tmp_path):
     (tmp_path / "run" / "config.yaml").write_text("seed: 0")
     with pytest.raises(ValueError, match="holds a run of glocal train; name another folder"):
         prepare_folder(tmp_path / "run")
+
+
+# planted by scripts/mutate
+FAULTS = {
+    "compare.py": (
+        (
+            "images do not count in a run's name",
+            "        key.update(self.identities[run.cell.condition.data].encode())\n",
+            "",
+        ),
+        (
+            "a user's file does not count in a run's name",
+            "key.update(Path(found[1]).expanduser().read_bytes())",
+            "pass",
+        ),
+        ("timm's version does not count in a run's name", 'key.update(_version("timm").encode())', "pass"),
+        ("the worst learning rate is chosen", "max(scores)[-1] for cell", "min(scores)[-1] for cell"),
+        ("a finished run is done again", "if self.result(run) is None:", "if True:"),
+        ("only the first fold is counted", "for run in runs if (result", "for run in runs[:1] if (result"),
+        ("two comparisons write into one folder", "    with alone_in(config.out):\n", "    if True:\n"),
+        ("an old report is replaced by an empty one", 'if done or not (out / "results.json").exists():', "if True:"),
+        (
+            "a damaged results.json of another program is overwritten",
+            "if existing.exists() and not isinstance",
+            "if False and not isinstance",
+        ),
+    ),
+    "plan.py": (
+        ("few images have fewer epochs", "more = 1 / math.sqrt(fraction)", "more = math.sqrt(fraction)"),
+        ("every share has as many seeds as the largest", "                    if seed < cell.seeds\n", ""),
+        ("after other data a network starts anew", "            parent=cell,\n", "            parent=None,\n"),
+        ("folders of characters are mirrored", 'flip=data.kind == "folder"', "flip=True"),
+        ("two widths may be one network", "if made.setdefault(dims, width) != width:", "if False:"),
+        ("transfer claims a budget", "            target=None,\n", "            target=cell.target,\n"),
+    ),
+    "candidates.py": (
+        (
+            "a model of others counts as resized",
+            "ModelConfig(model=entry.model), data, resized=False",
+            "ModelConfig(model=entry.model), data, resized=True",
+        ),
+        ("widths change nothing", "dim * width / 32", "dim / 32"),
+        ("networks are counted again at every start", "        if key not in self._known:\n", "        if True:\n"),
+        (
+            "what a user's file costs is remembered",
+            'for key, value in self._known.items() if ".py" not in key',
+            "for key, value in self._known.items()",
+        ),
+    ),
+    "summary.py": (
+        (
+            "confusions are counted the other way round",
+            "(outcome.labels, outcome.predicted), 1",
+            "(outcome.predicted, outcome.labels), 1",
+        ),
+        ("the easiest images are shown as the hardest", "np.argsort(-losses", "np.argsort(losses"),
+        (
+            "an ablation's change has the wrong sign",
+            "sign = 1 if pair.index == 1 else -1",
+            "sign = -1 if pair.index == 1 else 1",
+        ),
+        ("a network of others is within the budget", "equal = all(row.resized for row in rows)", "equal = True"),
+        ("the gap is training less test", "run.test_loss - run.train_loss", "run.train_loss - run.test_loss"),
+        (
+            "images are counted as without folds",
+            "            **_counts(images, folds),\n",
+            "            **_counts(images, 0),\n",
+        ),
+        ("a study that is not complete names a winner", "is None or incomplete else names", "is None else names"),
+    ),
+}

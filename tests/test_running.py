@@ -150,3 +150,21 @@ def test_train_here_asks_before_it_goes_on(tmp_path):
 
 def test_cores():
     assert 1 <= running._cores() <= os.cpu_count()
+
+
+# planted by scripts/mutate
+FAULTS = (
+    (
+        "a run that failed is passed over",
+        "                        raise RunFailed(content)\n",
+        "                        continue\n",
+    ),
+    ("a full disk is told as a failed run", "raise OSError(*content)", "raise RunFailed(content)"),
+    ("workers outlive a consumer that stops", "                process.terminate()\n", "                pass\n"),
+    (
+        "a run of another configuration is continued",
+        'if not resume and (folder / "config.yaml").exists():',
+        "if False:",
+    ),
+    ("a folder that holds something else is used", 'if others and not (folder / "config.yaml").exists():', "if False:"),
+)

@@ -483,3 +483,71 @@ def test_one_axis_is_not_decayed():
     assert decayed["weight_decay"] == 0.05 and free["weight_decay"] == 0
     assert {p.ndim for p in free["params"]} == {1} and min(p.ndim for p in decayed["params"]) == 2
     assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
+
+
+# planted by scripts/mutate
+FAULTS = {
+    "training.py": (
+        (
+            "dropout depends on what was drawn before",
+            "        torch.manual_seed(generator.initial_seed())  # dropout, stochastic depth, mixing\n",
+            "",
+        ),
+        (
+            "a step has the rate of the next one",
+            "        lr = self._lr(self.step)\n",
+            "        lr = self._lr(self.step + 1)\n",
+        ),
+        (
+            "a resumed run forgets the optimizer's state",
+            '        self.optimizer.load_state_dict(state["optimizer"])\n',
+            "",
+        ),
+        (
+            "a resumed run forgets the averaged weights",
+            '            self.average.load_state_dict(state["average"])',
+            "            pass",
+        ),
+        (
+            "scales and biases are decayed",
+            '{"params": free, "weight_decay": 0.0}',
+            '{"params": free, "weight_decay": weight_decay}',
+        ),
+        (
+            "gradients are not clipped",
+            "        self.accelerator.clip_grad_norm_(self.model.parameters(), recipe.max_grad_norm)\n",
+            "",
+        ),
+        ("every epoch has the same order", 'self._seeded(f"epoch {number}")', 'self._seeded("epoch")'),
+        ("lines of steps that are done again stay", '["step"] <= self.step:', '["step"] <= self.steps:'),
+        (
+            "the weights that are tested are not the averaged ones",
+            "return self._plain() if self.average is None else self.average.module",
+            "return self._plain()",
+        ),
+        ("large tests follow every epoch of few images", "return self.step == self.steps or ", "return True or "),
+        ("the rate rises from zero", "return (step + 1) / rising", "return step / rising"),
+        ("a loss that is not finite is stepped on", "if not math.isfinite(value):", "if False:"),
+        ("whole numbers are averaged, cut off", "if not value.is_floating_point():", "if False:"),
+        (
+            "losses of an epoch forget what was before the interruption",
+            '"step", "loss_sum", "loss_count", "seconds", "peak_memory"',
+            '"step", "seconds", "peak_memory"',
+        ),
+    ),
+    "runs.py": (
+        (
+            "every seed learns from the same share",
+            "fraction(data, asked.fraction, config.seed)",
+            "fraction(data, asked.fraction, 0)",
+        ),
+        ("settings are chosen on test images", "return hold_out(data) if asked.validation else data", "return data"),
+        (
+            "labels do not count for what images are",
+            "if isinstance(value, Tensor):",
+            "if isinstance(value, Tensor) and value.ndim > 1:",
+        ),
+        ("the result of another run is taken", "    if different:\n", "    if False:\n"),
+        ("folds are not cut", "    if asked.folds:\n", "    if False:\n"),
+    ),
+}
