@@ -39,6 +39,10 @@ COMPILED_AT = {1: (21,), 2: (13, 11)}
 EXPORTED_TO = {1: ((9,), (12,), (17,), (40,)), 2: ((9, 16), (12, 12), (17, 10), (20, 28))}
 SMALL = {1: (5,), 2: (4, 3)}
 
+# What is said of ordinary modules where a check needs more.
+ONE_PATH = "an ordinary module: its forward pass is its definition"
+NO_WEIGHTS = "an ordinary module: it has no aggregation weights"
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -80,7 +84,7 @@ def fits(spec: str, grid: Sequence[int]) -> bool:
 def forward_equals_definition(spec: str, grid: tuple[int, ...]) -> str | None:
     """Values and every gradient in float64, in training and in evaluation."""
     if not isinstance(random_mixer(spec), TokenMixer):
-        return "an ordinary module: its forward pass is its definition"
+        return ONE_PATH
     for training in (False, True):
         mixer = random_mixer(spec).train(training)
         x = tokens(2, *grid)
@@ -294,7 +298,7 @@ def forced_fast_never_falls_back(spec: str, grid: tuple[int, ...]) -> str | None
     """impl="fast" gives the definition's result without calling it, or raises Unsupported with the operator's name."""
     mixer = random_mixer(spec)
     if not isinstance(mixer, TokenMixer):
-        return "an ordinary module: its forward pass is its definition"
+        return ONE_PATH
     x = tokens(2, *grid)
     mixer.impl = "fast"
     with _definition_forbidden(mixer):
@@ -442,7 +446,7 @@ def _definition_forbidden(mixer: TokenMixer) -> Iterator[None]:
 
 
 def _no_weights(mixer: Operator) -> str | None:
-    return None if isinstance(mixer, TokenMixer) else "an ordinary module: it has no aggregation weights"
+    return None if isinstance(mixer, TokenMixer) else NO_WEIGHTS
 
 
 def _refuses(mixer: nn.Module, x: Tensor, *words: str, **call: Tensor) -> None:

@@ -39,8 +39,10 @@ def tokens():
 
 
 @pytest.fixture
-def check():
+def check(record_property):
     """check(mixer, oracle, x, **call): mixer(x, **call) and oracle(x, **call) agree, forward and backward.
+
+    The largest difference is recorded as the test's property, from which scripts/operators makes its table.
 
     The oracle reads the mixer's own parameters, so both sides have gradients for the same tensors.
     fast=False is for calls without a fast path: it must then say so instead of giving an answer.
@@ -67,8 +69,10 @@ def check():
                 continue
             got = mixer(x, **call)
             same(got, expected, f"{mixer.impl}: output")
+            record_property("difference", difference(got, expected))
             for name, grad in grads(got, leaves, upstream).items():
                 same(grad, expected_grads[name], f"{mixer.impl}: gradient of {name}")
+                record_property("difference", difference(grad, expected_grads[name]))
 
     return check
 
@@ -167,6 +171,13 @@ def leaf(value):
 def grads(outputs, leaves, upstream):
     found = torch.autograd.grad(outputs, list(leaves.values()), upstream, allow_unused=True, materialize_grads=True)
     return dict(zip(leaves, found, strict=True))
+
+
+def difference(got, expected):
+    """The largest, relative to the largest entry."""
+    if not expected.numel():
+        return 0.0
+    return ((got - expected).abs().max() / expected.abs().max().clamp(min=1e-3)).item()
 
 
 def same(got, expected, what):
