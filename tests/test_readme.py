@@ -92,7 +92,7 @@ def example(tmp_path, monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(mixers, "Shift", module.Shift, raising=False)
-    names = {}
+    names = {"source": operator}
     exec(compile(test, "CONTRIBUTING.md", "exec"), names)
     return names
 
@@ -106,6 +106,18 @@ def test_the_example_operator_keeps_the_contract(example):
 def test_the_example_operator_is_its_oracle(example):
     x = torch.randn(2, 5, 4, 8)
     assert torch.equal(glocal.build("Shift(step=2)", 8)(x), example["by_loop"](2)(x))
+
+
+def test_the_faults_of_the_example_are_found(example):
+    x = torch.randn(2, 5, 4, 8)
+    expected = example["by_loop"](2)(x)
+    for breaks, old, new in example["FAULTS"]:
+        assert example["source"].count(old) == 1, breaks
+        wrong = {}
+        exec(compile(example["source"].replace(old, new), "CONTRIBUTING.md", "exec"), wrong)
+        mixer = wrong["Shift"](8, step=2)
+        found = [path(x) for path in (mixer, mixer.reference)]
+        assert any(each.shape != expected.shape or not torch.equal(each, expected) for each in found), breaks
 
 
 # --- tree ---------------------------------------------------------------------------------------------------------
