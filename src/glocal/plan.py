@@ -23,7 +23,7 @@ def recipe(data: ImageData, epochs: int | None, fraction: float = 1.0) -> TrainC
     """
     more = 1 / math.sqrt(fraction)
     if data.name == "recall":
-        return TrainConfig(epochs=round((4 if epochs is None else epochs) * more), batch_size=32, lr=1e-3)
+        return TrainConfig(epochs=round((5 if epochs is None else epochs) * more), batch_size=32, lr=1e-3)
     if data.name == "texture":
         return TrainConfig(epochs=round((5 if epochs is None else epochs) * more), batch_size=32)
     if data.kind == "digits":
