@@ -7,6 +7,7 @@ from glocal.mixers.dynamic_depthwise_conv import DynamicDepthwiseConv as Dynamic
 from glocal.mixers.inhomogeneous_depthwise_conv import InhomogeneousDepthwiseConv as InhomogeneousDepthwiseConv
 from glocal.mixers.local_mlp import LocalMLP as LocalMLP
 from glocal.mixers.max_pooling import MaxPooling as MaxPooling
+from glocal.mixers.multi_scale_conv import MultiScaleConv as MultiScaleConv
 from glocal.mixers.neighborhood_attention import NeighborhoodAttention as NeighborhoodAttention
 from glocal.mixers.relative_attention import RelativeAttention as RelativeAttention
 from glocal.mixers.self_attention import SelfAttention as SelfAttention
