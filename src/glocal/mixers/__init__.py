@@ -5,6 +5,7 @@ from glocal.mixers.convolution import Convolution as Convolution
 from glocal.mixers.depthwise_conv import DepthwiseConv as DepthwiseConv
 from glocal.mixers.dynamic_depthwise_conv import DynamicDepthwiseConv as DynamicDepthwiseConv
 from glocal.mixers.inhomogeneous_depthwise_conv import InhomogeneousDepthwiseConv as InhomogeneousDepthwiseConv
+from glocal.mixers.involution import Involution as Involution
 from glocal.mixers.linear_token_mixing import LinearTokenMixing as LinearTokenMixing
 from glocal.mixers.local_mlp import LocalMLP as LocalMLP
 from glocal.mixers.max_pooling import MaxPooling as MaxPooling
