@@ -12,6 +12,7 @@ from glocal.mixers.local_mlp import LocalMLP as LocalMLP
 from glocal.mixers.max_pooling import MaxPooling as MaxPooling
 from glocal.mixers.multi_scale_conv import MultiScaleConv as MultiScaleConv
 from glocal.mixers.neighborhood_attention import NeighborhoodAttention as NeighborhoodAttention
+from glocal.mixers.quadratic_attention import QuadraticAttention as QuadraticAttention
 from glocal.mixers.relative_attention import RelativeAttention as RelativeAttention
 from glocal.mixers.self_attention import SelfAttention as SelfAttention
 from glocal.mixers.window_attention import WindowAttention as WindowAttention

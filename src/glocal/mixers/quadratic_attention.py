@@ -1,0 +1,95 @@
+"""Attention to a place: heads with a centre and a spread, whatever the tokens hold."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from glocal.aggregation import Aggregation
+from glocal.arguments import positive
+from glocal.mixers._library import out_lengths
+from glocal.mixers._positional import (
+    PositionalAttention,
+    axis_offsets,
+    mix_by_axes,
+    no_product,
+    offsets,
+    precise,
+    softmax_over_sources,
+)
+
+CENTRE_STD = 2.0  # of the initial centres, in tokens
+SPREAD_STD = 0.01  # of the initial spreads, around 1
+
+
+class QuadraticAttention(PositionalAttention):
+    """Attention to a place relative to the query: A = softmax(-spread^2 / 2 * |source - query - centre|^2).
+
+    With K*K heads centred on the offsets of a kernel and a large spread it is a K x K convolution.
+    Weights: [1, heads, N, M]: static, own for each head and query; dense, since the softmax is over all tokens.
+
+    Args:
+        dim: channels C; every head sees all of them.
+        num_heads: heads G, K*K for a kernel K x K.
+        out_dim: channels of the output; dim by default.
+        stride: every stride-th token along each axis is a query.
+        rank: 2 for images, 1 for sequences.
+
+    Shape:
+        x [B, *S, C] -> [B, *ceil(S / stride), out_dim], any S. `attention_centers` [heads, rank], in tokens of x,
+        row before column; `attention_spreads` [heads], one over the standard deviation; `value` maps heads*C
+        channels, head by head, to out_dim. A dilated kernel has its centres further apart, nothing else.
+
+    Cost: N*M*heads*C + N*heads*C*out_dim multiply-adds. The fast path takes heads*C*(H*W*W' + H*H'*W') instead of
+    N*M*heads*C for H' x W' queries: the weights are a softmax over rows times a softmax over columns.
+
+    Source: Cordonnier et al., On the Relationship between Self-Attention and Convolutional Layers, ICLR 2020,
+    arXiv 1911.03584, theorem 1 and equation 9; spread^2 / 2 is the paper's alpha.
+    Differs from the paper: heads are written back by one layer, as in the released code (models/bert.py), where the
+    paper has a value and an output matrix. No dropout on the weights. Any grid; the released code ends at 50 x 50.
+    """
+
+    examples = (
+        "QuadraticAttention()",
+        "QuadraticAttention(num_heads=4, out_dim=48, stride=2)",
+        "QuadraticAttention(num_heads=3, rank=1)",
+        "QuadraticAttention(num_heads=2, stride=3, rank=1)",
+    )
+
+    def __init__(
+        self, dim: int, *, num_heads: int = 9, out_dim: int | None = None, stride: int = 1, rank: int = 2
+    ) -> None:
+        super().__init__(dim, num_heads=num_heads, out_dim=out_dim, rank=rank)
+        self.stride = positive("stride", stride)
+        self.attention_centers = nn.Parameter(CENTRE_STD * torch.randn(num_heads, rank))
+        self.attention_spreads = nn.Parameter(1 + SPREAD_STD * torch.randn(num_heads))
+
+    def scores(self, x: Tensor, *, queries: Tensor | None = None) -> dict[str, Tensor]:
+        offset = offsets(x, queries, stride=self.stride)
+        from_centre = offset - precise(self.attention_centers)[:, None, None]
+        return {"position": (self._steepness() * from_centre.square().sum(-1))[None]}
+
+    def weights(self, x: Tensor, *, valid: Tensor | None = None, queries: Tensor | None = None) -> Aggregation:
+        (position,) = self._scores(x, queries=queries).values()
+        return softmax_over_sources(position, x, valid, queries, stride=self.stride)
+
+    def fast(self, x: Tensor, values: Tensor, *, valid: Tensor | None = None) -> Tensor:
+        grid, centres = x.shape[1:-1], precise(self.attention_centers)
+        scores = []
+        for axis, n in enumerate(grid):
+            offset = axis_offsets(n, x.device, stride=self.stride)
+            scores.append(self._steepness() * (offset - centres[:, axis, None, None]).square())
+        return self.project(mix_by_axes(scores, values, grid, valid))
+
+    def unsupported(self, x: Tensor, *, valid: Tensor | None = None) -> str | None:
+        return no_product(valid)
+
+    def out_grid(self, grid: Sequence[int]) -> tuple[int, ...]:
+        return out_lengths(grid, self.stride)
+
+    def macs(self, grid: Sequence[int]) -> int:
+        return self._mixing_macs(grid)
+
+    def _steepness(self) -> Tensor:
+        """[heads, 1, 1]: minus alpha."""
+        return -0.5 * precise(self.attention_spreads).square()[:, None, None]
