@@ -18,7 +18,13 @@ def test_contract(spec, check, grid):
 
 
 # what operators may refuse, in which words; anything else that is refused is a gap
-REFUSALS = ("not causal", "no softmax", "more than a softmax", "mask_padding=False lets padding be seen")
+REFUSALS = (
+    "not causal",
+    "no softmax",
+    "more than a softmax",
+    "mask_padding=False lets padding be seen",
+    "GeneralizedQuadraticAttention: has no fast path",
+)
 
 
 @pytest.mark.parametrize("name", available())
