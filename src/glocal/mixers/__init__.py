@@ -6,10 +6,9 @@ from glocal.mixers.deformable_conv import DeformableConv as DeformableConv
 from glocal.mixers.depthwise_conv import DepthwiseConv as DepthwiseConv
 from glocal.mixers.dynamic_depthwise_conv import DynamicDepthwiseConv as DynamicDepthwiseConv
 from glocal.mixers.generalized_quadratic_attention import (
-    GeneralizedQuadraticAttention as GeneralizedQuadraticAttention,
-)
 from glocal.mixers.inhomogeneous_depthwise_conv import InhomogeneousDepthwiseConv as InhomogeneousDepthwiseConv
 from glocal.mixers.involution import Involution as Involution
+from glocal.mixers.learned_relative_attention import LearnedRelativeAttention as LearnedRelativeAttention
 from glocal.mixers.linear_token_mixing import LinearTokenMixing as LinearTokenMixing
 from glocal.mixers.local_mlp import LocalMLP as LocalMLP
 from glocal.mixers.max_pooling import MaxPooling as MaxPooling
