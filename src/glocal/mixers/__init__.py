@@ -16,5 +16,6 @@ from glocal.mixers.multi_scale_conv import MultiScaleConv as MultiScaleConv
 from glocal.mixers.neighborhood_attention import NeighborhoodAttention as NeighborhoodAttention
 from glocal.mixers.quadratic_attention import QuadraticAttention as QuadraticAttention
 from glocal.mixers.relative_attention import RelativeAttention as RelativeAttention
+from glocal.mixers.relative_position_attention import RelativePositionAttention as RelativePositionAttention
 from glocal.mixers.self_attention import SelfAttention as SelfAttention
 from glocal.mixers.window_attention import WindowAttention as WindowAttention
