@@ -14,6 +14,7 @@ from glocal.mixers.local_mlp import LocalMLP as LocalMLP
 from glocal.mixers.max_pooling import MaxPooling as MaxPooling
 from glocal.mixers.multi_scale_conv import MultiScaleConv as MultiScaleConv
 from glocal.mixers.neighborhood_attention import NeighborhoodAttention as NeighborhoodAttention
+from glocal.mixers.outlook_attention import OutlookAttention as OutlookAttention
 from glocal.mixers.quadratic_attention import QuadraticAttention as QuadraticAttention
 from glocal.mixers.relative_attention import RelativeAttention as RelativeAttention
 from glocal.mixers.relative_position_attention import RelativePositionAttention as RelativePositionAttention
