@@ -105,7 +105,7 @@ class TokenMixer(Operator):
     def _weights(self, *args: Any, **call: Any) -> Aggregation: ...
 
     def _scores(self, *args: Any, **call: Any) -> dict[str, Tensor]:
-        raise ValueError(f"{type(self).__name__}: has no scores, its weights do not come from a softmax")
+        raise ValueError(f"{type(self).__name__}: has no scores, its weights are no softmax of a sum")
 
     def _unsupported(self, *args: Any, **call: Any) -> str | None:
         return None
