@@ -7,6 +7,7 @@ from glocal.mixers.depthwise_conv import DepthwiseConv as DepthwiseConv
 from glocal.mixers.dynamic_depthwise_conv import DynamicDepthwiseConv as DynamicDepthwiseConv
 from glocal.mixers.gated_positional_attention import GatedPositionalAttention as GatedPositionalAttention
 from glocal.mixers.generalized_quadratic_attention import (
+from glocal.mixers.halo_attention import HaloAttention as HaloAttention
 from glocal.mixers.inhomogeneous_depthwise_conv import InhomogeneousDepthwiseConv as InhomogeneousDepthwiseConv
 from glocal.mixers.involution import Involution as Involution
 from glocal.mixers.learned_relative_attention import LearnedRelativeAttention as LearnedRelativeAttention
