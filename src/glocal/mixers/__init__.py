@@ -5,6 +5,7 @@ from glocal.mixers.convolution import Convolution as Convolution
 from glocal.mixers.deformable_conv import DeformableConv as DeformableConv
 from glocal.mixers.depthwise_conv import DepthwiseConv as DepthwiseConv
 from glocal.mixers.dynamic_depthwise_conv import DynamicDepthwiseConv as DynamicDepthwiseConv
+from glocal.mixers.gated_mixture import GatedMixture as GatedMixture
 from glocal.mixers.gated_positional_attention import GatedPositionalAttention as GatedPositionalAttention
 from glocal.mixers.generalized_quadratic_attention import (
 from glocal.mixers.halo_attention import HaloAttention as HaloAttention

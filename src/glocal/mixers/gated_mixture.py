@@ -1,0 +1,224 @@
+"""A learned gate between two operators' weights, on one set of values."""
+
+import copy
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from glocal.aggregation import Aggregation, aggregate
+from glocal.arguments import flag, given
+from glocal.mixer import TokenMixer, modes_kept
+from glocal.mixers._attention import Attention, masked_softmax, sum_of
+
+# Shape letters: B batch, N queries, M sources, K slots, G groups (heads), D channels per group, C channels.
+
+
+class GatedMixture(TokenMixer):
+    """A = (1 - g) A_a + g A_b: how much of `a` and of `b`, learned for each head, where both mix the same values.
+
+    Weights: [B|1, G, N|1, K_a + K_b] over the sources of both, which may repeat, or [B|1, G, N, M] where both are
+    dense; G the least common multiple of both operators' groups; dynamic where one of them is.
+
+    Args:
+        dim: channels C.
+        a, b: two token mixers of `dim` channels; copied, what the caller holds stays as it is. Only what makes
+            their weights is used and learned: their own projections of values and outputs are not parameters of
+            the mixture (a joint `qkv` of ours keeps the rows of queries and keys; of a joint projection in an
+            operator of your own, the rows of values get gradients of zero).
+        before_softmax: mixes scores instead, A = softmax((1 - g) S_a + g S_b), for two softmaxes over the same
+            sources; a source to which either gives no weight at all stays out.
+
+    Shape:
+        x [B, *S, C] -> [B, *S_out, C], S_out that of both. `gate` [G], g = sigmoid(gate), 0 at the start;
+        `v` and `proj` C -> C. Values and outputs are those of the mixture alone.
+
+    Cost: that of both operators' weights, 2*C^2 for each token and C for each query and slot; counted.
+
+    Raises:
+        ValueError: no token mixers; operators that differ in channels, rank, output grid or sources; groups whose
+            common multiple does not divide the channels; before_softmax where one is not one softmax, or reads other
+            sources.
+
+    Source: the gate is that of d'Ascoli et al., ConViT, ICML 2021, arXiv 2103.10697, section 3, between any two
+    operators; mixing before or after the softmax: Dai et al., CoAtNet, NeurIPS 2021, arXiv 2106.04803, section 2.1.
+    Differs from the paper: no paper has it in this form. The gate starts at one half of each, ConViT's at 0.73.
+    """
+
+    examples = (
+        "GatedMixture(a=SelfAttention(num_heads=4), b=DepthwiseConv(kernel_size=3))",
+        "GatedMixture(a=DynamicDepthwiseConv(kernel_size=3), b=AveragePooling())",
+        "GatedMixture(a=RelativeAttention(grid_size=(16,), num_heads=2), b=SelfAttention(num_heads=4, causal=True))",
+    )
+
+    def __init__(self, dim: int, *, a: nn.Module, b: nn.Module, before_softmax: bool = False) -> None:
+        for name, part in (("a", a), ("b", b)):
+            if not isinstance(part, TokenMixer):
+                raise ValueError(f"{name}: {part!r} is no token mixer; give an operator, as in {name}=SelfAttention")
+            if part.dim != dim:
+                raise ValueError(f"{name}: built for {part.dim} channels, dim is {dim}; give one of {dim}")
+        assert isinstance(a, TokenMixer) and isinstance(b, TokenMixer)
+        if a.rank is not None and b.rank is not None and a.rank != b.rank:
+            raise ValueError(f"b: built for rank {b.rank}, a for rank {a.rank}; give both the same rank")
+        super().__init__(dim, rank=b.rank if a.rank is None else a.rank)
+        self.a, self.b = copy.deepcopy(a), copy.deepcopy(b)
+        self.before_softmax = flag("before_softmax", before_softmax)
+        self.causal = bool(getattr(a, "causal", False) and getattr(b, "causal", False))
+        groups = [_keep_weights_only(part, (1,) * (self.rank or 1)) for part in (self.a, self.b)]
+        self._groups = math.lcm(*groups)
+        if dim % self._groups:
+            raise ValueError(
+                f"b: {groups[1]} groups, a has {groups[0]}; both repeat to {self._groups}, which does not divide {dim} "
+                "channels; give other numbers of heads"
+            )
+        if before_softmax:
+            self._refuse_before_softmax()
+        self.gate = nn.Parameter(torch.zeros(self._groups))
+        self.v = nn.Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def values(self, source: Tensor) -> Tensor:
+        return self.v(source.flatten(1, -2)).unflatten(-1, (self._groups, -1))
+
+    def weights(
+        self,
+        x: Tensor,
+        *,
+        valid: Tensor | None = None,
+        queries: Tensor | None = None,
+        update_statistics: bool = False,
+    ) -> Aggregation:
+        gate = self.gate.sigmoid()[:, None, None]
+        a, b = (self._of(part, x, valid, queries, update_statistics) for part in (self.a, self.b))
+        a, b = self._repeated(a), self._repeated(b)
+        if self.before_softmax:
+            of_a, of_b = (self._scores_of(part, x, valid, queries) for part in (self.a, self.b))
+            seen = (a.weights != 0) & (b.weights != 0)
+            return replace(a, weights=masked_softmax((1 - gate) * of_a + gate * of_b, seen))
+        shares = [(1 - gate) * a.weights, gate * b.weights]
+        if a.index is None and b.index is None:
+            return replace(a, weights=shares[0] + shares[1])
+        everywhere = torch.arange(a.num_sources, device=x.device).view(1, 1, 1, -1)
+        reads = [everywhere if found.index is None else found.index for found in (a, b)]
+        return replace(a, weights=_side_by_side(shares), index=_side_by_side(reads))
+
+    def project(self, mixed: Tensor) -> Tensor:
+        return self.proj(mixed)
+
+    def fast(
+        self, x: Tensor, values: Tensor, *, valid: Tensor | None = None, update_statistics: bool = False
+    ) -> Tensor:
+        # each operator's sum with its own groups; neither weights nor slots are repeated
+        sums = []
+        for part in (self.a, self.b):
+            found = self._of(part, x, valid, None, update_statistics)
+            sums.append(aggregate(found, values.flatten(2).unflatten(-1, (found.num_groups, -1))))
+        gate = self.gate.sigmoid().repeat_interleave(self.dim // self._groups)
+        return self.proj((1 - gate) * sums[0] + gate * sums[1])
+
+    def unsupported(self, x: Tensor) -> str | None:
+        return "a mixture before the softmax has its definition only" if self.before_softmax else None
+
+    def out_grid(self, grid: Sequence[int]) -> tuple[int, ...]:
+        of_a, of_b = self.a.out_grid(grid), self.b.out_grid(grid)
+        if of_a != of_b:
+            raise ValueError(
+                f"GatedMixture: a gives a grid {tuple(of_a)} for {tuple(grid)}, b gives {tuple(of_b)}; give both the "
+                "same stride"
+            )
+        return of_a
+
+    def _of(
+        self, part: TokenMixer, x: Tensor, valid: Tensor | None, queries: Tensor | None, update: bool
+    ) -> Aggregation:
+        """An operator's own weights."""
+        bound, call = part._bind(x, given(valid=valid, queries=queries))
+        found = part._aggregation(bound, call, update=update)
+        tokens = math.prod(x.shape[1:-1])
+        if found.num_sources != tokens:
+            raise ValueError(
+                f"GatedMixture: {type(part).__name__} reads {found.num_sources} sources, x has {tokens} tokens; only "
+                "operators that add no tokens of their own can share values"
+            )
+        return found
+
+    def _repeated(self, found: Aggregation) -> Aggregation:
+        """The same weights for all groups of the mixture."""
+        index = None if found.index is None else _repeat(found.index, self._groups)
+        return replace(found, weights=_repeat(found.weights, self._groups), index=index)
+
+    def _scores_of(self, part: TokenMixer, x: Tensor, valid: Tensor | None, queries: Tensor | None) -> Tensor:
+        bound, call = part._bind(x, given(valid=valid, queries=queries))
+        return _repeat(sum_of(part._scores(bound, **part._only("_scores", call))), self._groups)
+
+    def _refuse_before_softmax(self) -> None:
+        """On a grid large enough to tell windows from neighborhoods."""
+        found = []
+        for name, part in (("a", self.a), ("b", self.b)):
+            who = f"{name}: {type(part).__name__}"
+            if type(part)._scores is TokenMixer._scores:
+                raise ValueError(f"{who} has no scores, which before_softmax=True mixes; use before_softmax=False")
+            with modes_kept(part), torch.no_grad():
+                part.eval()
+                x = _probe(part, (17, 16)[: self.rank or 1])
+                found.append(part.weights(x))
+                rows = found[-1].weights
+                softmax = sum_of(part.scores(x)).expand(rows.shape).masked_fill(rows == 0, -torch.inf).softmax(-1)
+                if not x.is_meta and not torch.allclose(softmax, rows, atol=1e-5):
+                    raise ValueError(
+                        f"{who} has weights that are more than one softmax, so scores alone cannot be mixed; use "
+                        "before_softmax=False"
+                    )
+        of_a, of_b = (f.index for f in found)
+        same = of_a is of_b is None or (of_a is not None and of_b is not None and torch.equal(of_a, of_b))
+        if not same:
+            raise ValueError(
+                f"b: {type(self.b).__name__} reads other sources than {type(self.a).__name__}, so their scores cannot "
+                "be added; use before_softmax=False"
+            )
+
+
+def _keep_weights_only(part: TokenMixer, grid: tuple[int, ...]) -> int:
+    """Takes parameters that do not make the weights out of `part`; returns the number of groups of its weights.
+
+    They stay as buffers outside the state dict, since an operator's code and its repr may name them.
+    """
+    if isinstance(part, Attention) and type(part.qkv) is nn.Linear:
+        rows = 2 * part.out_dim
+        part.qkv.out_features = rows
+        part.qkv.weight = nn.Parameter(part.qkv.weight.detach()[:rows].clone())
+        if part.qkv.bias is not None:
+            part.qkv.bias = nn.Parameter(part.qkv.bias.detach()[:rows].clone())
+    named = {name: parameter for name, parameter in part.named_parameters() if parameter.requires_grad}
+    with modes_kept(part), torch.enable_grad():
+        part.eval()  # no statistics of a single token
+        found = part.weights(_probe(part, grid))
+    used: Iterable[Tensor | None] = [None] * len(named)
+    if named and found.weights.requires_grad:
+        used = torch.autograd.grad(found.weights.sum(), list(named.values()), allow_unused=True)
+    for (name, parameter), gradient in zip(named.items(), used, strict=True):
+        if gradient is None:
+            path, _, leaf = name.rpartition(".")
+            owner = part.get_submodule(path)
+            delattr(owner, leaf)
+            owner.register_buffer(leaf, parameter.detach(), persistent=False)
+    return found.num_groups
+
+
+def _probe(part: TokenMixer, grid: Sequence[int]) -> Tensor:
+    """Tokens to look at an operator with, [1, *grid, C]; no random numbers are drawn."""
+    like = next(part.parameters(), torch.empty(0))
+    count = math.prod(grid) * part.dim
+    return torch.arange(count, device=like.device).to(like.dtype).mul(0.7).sin().view(1, *grid, part.dim)
+
+
+def _repeat(rows: Tensor, groups: int) -> Tensor:
+    """[., G', ., .] -> [., G|1, ., .]: each group for the consecutive groups that it is cut into."""
+    return rows if rows.shape[1] in (1, groups) else rows.repeat_interleave(groups // rows.shape[1], 1)
+
+
+def _side_by_side(rows: Sequence[Tensor]) -> Tensor:
+    shape = torch.broadcast_shapes(*(r.shape[:3] for r in rows))
+    return torch.cat([r.expand(*shape, -1) for r in rows], -1)
