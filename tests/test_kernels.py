@@ -111,7 +111,20 @@ def test_local_sum_is_the_loop(grid, w_shape, dilation):
     assert gradgradcheck(lambda x, w: local_sum(x, w, dilation), (x, w), fast_mode=True)
 
 
+@pytest.mark.parametrize(("grid", "kernel", "left"), [((7,), 4, 3), ((7,), 3, 0), ((4, 5), 2, 1), ((3, 2), 3, 2)])
+def test_local_sum_with_taps_on_one_side_is_the_centred_one_with_zeros(grid, kernel, left):
+    """Zeros around the kernel bring its tap `left` to the middle."""
+    rank = len(grid)
+    x, w = random(2, *grid, 4), random(2, *grid, 2, kernel**rank)
+    half = max(left, kernel - 1 - left)
+    ends = (half - left, half - (kernel - 1 - left))
+    centred = torch.nn.functional.pad(w.unflatten(-1, (kernel,) * rank), ends * rank).flatten(-rank)
+    torch.testing.assert_close(local_sum(x, w, 2, left=left), local_sum(x, centred, 2))
+
+
 def test_local_sum_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match="left: 3, must be from 0 to 2"):
+        local_sum(random(2, 5, 4, 4), random(1, 1, 1, 4, 9), left=3)
     with pytest.raises(ValueError, match="K odd"):
         local_sum(random(2, 5, 4, 4), random(1, 1, 1, 4, 16))
     with pytest.raises(ValueError, match="3 groups do not divide the 4 channels"):

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 
-def local_sum(x: Tensor, w: Tensor, dilation: int = 1) -> Tensor:
-    """y[b, i, c] = sum over taps t of w[b, i, g(c), t] * x[b, i + dilation * (t - centre), c], zeros outside.
+def local_sum(x: Tensor, w: Tensor, dilation: int = 1, *, left: int | None = None) -> Tensor:
+    """y[b, i, c] = sum over taps t of w[b, i, g(c), t] * x[b, i + dilation * (t - left), c], zeros outside.
 
     Args:
         x: [B, *S, C].
-        w: [B or 1, *S or 1 each, G, K**rank], taps in raster order, K odd; channels c of group g are consecutive,
+        w: [B or 1, *S or 1 each, G, K**rank], taps in raster order; channels c of group g are consecutive,
             G divides C. An axis of size 1 is shared: kernels may be static, per image, or per position.
         dilation: distance between taps.
+        left: taps in front of i along every axis; by default the middle of K, which must then be odd. K - 1 makes
+            a causal sum.
 
     Returns:
         [B, *S, C]. Sums are taken in float32 or wider.
@@ -28,15 +30,18 @@ def local_sum(x: Tensor, w: Tensor, dilation: int = 1) -> Tensor:
     """
     rank, taps = x.dim() - 2, w.shape[-1]
     kernel = round(taps ** (1 / rank))
-    if w.dim() != rank + 3 or kernel**rank != taps or kernel % 2 == 0:
+    if w.dim() != rank + 3 or kernel**rank != taps or (left is None and kernel % 2 == 0):
         raise ValueError(
             f"w: has shape {tuple(w.shape)}, needs [B, {'*S, '}G, K**{rank}] with K odd for x {tuple(x.shape)}"
         )
+    left = kernel // 2 if left is None else left
+    if not 0 <= left < kernel:
+        raise ValueError(f"left: {left}, must be from 0 to {kernel - 1}, so that the kernel of {kernel} covers i")
     if x.shape[-1] % w.shape[-2]:
         raise ValueError(f"w: {w.shape[-2]} groups do not divide the {x.shape[-1]} channels of x")
     wide = torch.promote_types(torch.promote_types(x.dtype, w.dtype), torch.float32)
-    margin = dilation * (kernel // 2)
-    padded = torch.nn.functional.pad(x.to(wide), (0, 0) + (margin, margin) * rank).unflatten(-1, (w.shape[-2], -1))
+    margins = (dilation * left, dilation * (kernel - 1 - left))
+    padded = torch.nn.functional.pad(x.to(wide), (0, 0) + margins * rank).unflatten(-1, (w.shape[-2], -1))
     # taps first: each is then read in order, and unbind gives their gradients back in one piece
     each_tap = w.to(wide).movedim(-1, 0).contiguous().unsqueeze(-1).unbind(0)
     out = None
