@@ -4,6 +4,7 @@ from glocal.mixers.average_pooling import AveragePooling as AveragePooling
 from glocal.mixers.convolution import Convolution as Convolution
 from glocal.mixers.deformable_conv import DeformableConv as DeformableConv
 from glocal.mixers.depthwise_conv import DepthwiseConv as DepthwiseConv
+from glocal.mixers.dynamic_conv import DynamicConv as DynamicConv
 from glocal.mixers.dynamic_depthwise_conv import DynamicDepthwiseConv as DynamicDepthwiseConv
 from glocal.mixers.gated_mixture import GatedMixture as GatedMixture
 from glocal.mixers.gated_positional_attention import GatedPositionalAttention as GatedPositionalAttention

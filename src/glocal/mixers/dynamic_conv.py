@@ -1,0 +1,109 @@
+"""Dynamic convolution: every token predicts the kernel that it is the centre of."""
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from glocal.aggregation import Aggregation, grid_positions
+from glocal.arguments import flag, odd_kernel, positive, resolve_heads
+from glocal.kernels import local_sum
+from glocal.mixer import TokenMixer
+from glocal.mixers._grid import kernel_index
+
+
+class DynamicConv(TokenMixer):
+    """Convolution with a kernel for each position and head, predicted from that token: A = softmax(W v_i).
+
+    Weights: [B, heads, N, K], K taps, rows sum to 1 with the taps outside the grid, which count as zero. Dynamic per
+    position, shared by the channels of a head; local.
+
+    Args:
+        dim: channels C.
+        kernel_size: taps along every axis; odd unless causal.
+        num_heads, head_dim: one of them; head_dim 32 where neither is given.
+        causal: the taps are the query and kernel_size - 1 tokens before it, along every axis.
+        projection: the paper's module around the convolution: values v are a gated linear unit of x, and a linear
+            layer follows. Otherwise v is x and the sum is the output.
+        rank: 2 for images, 1 for sequences.
+
+    Shape:
+        x [B, *S, C] -> [B, *S, C], any S; zeros outside. `weight_linear` [heads * K, C], head by head, taps in raster
+        order; `linear1` [2C, C], values and then gates; `linear2` [C, C].
+
+    Cost: N*K*C*(1 + heads) multiply-adds, and N*C*5*C for the projections: the definition makes the values twice,
+    for the kernels and for the sum; the fast path once.
+
+    Raises:
+        ValueError: an even kernel with a centre; heads that do not divide dim.
+
+    Source: Wu et al., Pay Less Attention with Lightweight and Dynamic Convolutions, ICLR 2019, arXiv 1901.10430,
+    sections 3 and 4.
+    Differs from the paper: no dropout on the taps (DropConnect); images too. The released code starts
+    `weight_linear` by Xavier's rule, this one as nn.Linear does, and it lets padding tokens into real ones.
+    """
+
+    examples = (
+        "DynamicConv(num_heads=4)",
+        "DynamicConv(kernel_size=5, num_heads=2, projection=True)",
+        "DynamicConv(kernel_size=7, num_heads=8, rank=1)",
+        "DynamicConv(kernel_size=4, num_heads=4, causal=True, projection=True, rank=1)",
+    )
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        kernel_size: int = 3,
+        num_heads: int | None = None,
+        head_dim: int | None = None,
+        causal: bool = False,
+        projection: bool = False,
+        rank: int = 2,
+    ) -> None:
+        super().__init__(dim, rank=rank)
+        self.num_heads = resolve_heads(dim, num_heads, head_dim)
+        self.causal, self.projection = flag("causal", causal), flag("projection", projection)
+        self.kernel_size = positive("kernel_size", kernel_size)
+        if not causal:
+            odd_kernel("kernel_size", kernel_size, rank)
+        self.weight_linear = nn.Linear(dim, self.num_heads * kernel_size**rank, bias=False)
+        self.linear1 = nn.Linear(dim, 2 * dim) if projection else nn.Identity()
+        self.linear2 = nn.Linear(dim, dim) if projection else nn.Identity()
+
+    def values(self, source: Tensor) -> Tensor:
+        v = source.flatten(1, -2)
+        if self.projection:
+            v = nn.functional.glu(self.linear1(v))
+        return v.unflatten(-1, (self.num_heads, -1))
+
+    def scores(self, x: Tensor) -> dict[str, Tensor]:
+        return {"content": self._logits(self.values(x)).transpose(1, 2)}
+
+    def weights(self, x: Tensor) -> Aggregation:
+        grid = tuple(x.shape[1:-1])
+        (content,) = self._scores(x).values()
+        positions = grid_positions(grid, device=x.device)
+        index = kernel_index(grid, [self.kernel_size] * len(grid), left=[self._left] * len(grid), device=x.device)
+        return Aggregation(content.softmax(-1), index[None, None], math.prod(grid), positions, positions, grid, grid)
+
+    def project(self, mixed: Tensor) -> Tensor:
+        return self.linear2(mixed)
+
+    def fast(self, x: Tensor, values: Tensor) -> Tensor:
+        kernels = self._logits(values).softmax(-1).unflatten(1, x.shape[1:-1])
+        return self.linear2(local_sum(values.reshape(x.shape), kernels, left=self._left))
+
+    def macs(self, grid: Sequence[int]) -> int:
+        taps = self.kernel_size ** len(grid)
+        each = taps * self.dim * self.num_heads + (taps * self.dim if taps > 1 else 0)
+        return math.prod(grid) * (each + (5 * self.dim**2 if self.projection else 0))
+
+    @property
+    def _left(self) -> int:
+        """Taps in front of the query."""
+        return self.kernel_size - 1 if self.causal else self.kernel_size // 2
+
+    def _logits(self, values: Tensor) -> Tensor:
+        """[B, N, heads, D] -> [B, N, heads, K]: each token's kernels before the softmax."""
+        return self.weight_linear(values.flatten(2)).unflatten(-1, (self.num_heads, -1))
