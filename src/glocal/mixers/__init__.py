@@ -16,6 +16,7 @@ from glocal.mixers.learned_relative_attention import LearnedRelativeAttention as
 from glocal.mixers.linear_token_mixing import LinearTokenMixing as LinearTokenMixing
 from glocal.mixers.local_mlp import LocalMLP as LocalMLP
 from glocal.mixers.max_pooling import MaxPooling as MaxPooling
+from glocal.mixers.multi_scale_attention import MultiScaleAttention as MultiScaleAttention
 from glocal.mixers.multi_scale_conv import MultiScaleConv as MultiScaleConv
 from glocal.mixers.neighborhood_attention import NeighborhoodAttention as NeighborhoodAttention
 from glocal.mixers.outlook_attention import OutlookAttention as OutlookAttention
