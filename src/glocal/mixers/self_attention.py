@@ -92,7 +92,7 @@ class SelfAttention(Attention):
         seen = self._seen(tokens, sources, past, valid, x.device)
         if seen is not None and queries is not None and seen.shape[2] > 1:
             seen = seen[:, :, queries]
-        out_grid, source_grid, places, source_places = _geometry(x, source, grid, past)
+        out_grid, source_grid, places, source_places = geometry(x, source, grid, past)
         if queries is not None:
             places, out_grid = places[queries], (len(queries),)
         return Aggregation(masked_softmax(content, seen), None, sources, places, source_places, out_grid, source_grid)
@@ -151,7 +151,7 @@ class SelfAttention(Attention):
         return seen
 
 
-def _geometry(
+def geometry(
     x: Tensor, source: Tensor | None, grid: Sequence[int] | None, past: int
 ) -> tuple[tuple[int, ...], tuple[int, ...], Tensor, Tensor]:
     """out_grid, source_grid and the positions of queries and sources."""
