@@ -1,0 +1,258 @@
+"""How an operator connects tokens: which positions and channels, with weights shared by whom, and from where.
+
+The three principles of Han et al. 2022, arXiv 2106.04263 (sparse connectivity, weight sharing, dynamic weight),
+measured: nothing is taken from what an operator says of itself.
+
+Shape letters: B images, N outputs, M inputs (positions of the grids), C channels in, E channels out.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from glocal.aggregation import Aggregation, aggregate
+from glocal.mixer import TokenMixer
+
+SAME = 1e-7  # relative to the largest entry: what is equal, and what is zero, in float64
+SAME_EIGENVALUE = 1e-5  # of matrices that are inverted on the way
+ROWS = 128  # of the Jacobian at a time
+
+
+@dataclass(frozen=True)
+class Connectivity:
+    """The three principles of one operator, as found on one grid.
+
+    Attributes:
+        positions: what an output reads: "itself"; "local", less than the grid is long along some axis; "sparse",
+            at most half of all positions, but far ones too; "global".
+        reads: the most positions that one output reads, of
+        num_positions: M.
+        channels: "separable" if every block of the Jacobian is P diag(a_ij) V with one P and one V of at most C
+            inner channels; else "dense".
+        shared_over_positions: "yes" if the weights depend on the offset alone (away from borders), "periodically"
+            if they repeat at some step along each axis, as windows do, or "no".
+        shared_over_channels: "all" channels have the same weights, "groups" of them do (heads), or "no" two.
+        groups: how many different weights there are among the channels; None where channels are dense.
+        dynamic: whether weights change with the input: "no"; "per image", where they are still shared over
+            positions; "per position".
+        frozen: whether the weights were held still, as they are where a token mixer's Jacobian is taken. Otherwise
+            the paths through which the input makes the weights are in it too.
+    """
+
+    positions: Literal["itself", "local", "sparse", "global"]
+    reads: int
+    num_positions: int
+    channels: Literal["separable", "dense"]
+    shared_over_positions: Literal["yes", "periodically", "no"]
+    shared_over_channels: Literal["all", "groups", "no"]
+    groups: int | None
+    dynamic: Literal["no", "per image", "per position"]
+    frozen: bool
+
+    def __str__(self) -> str:
+        """One line."""
+        over = {
+            "yes": "shared by all positions",
+            "periodically": "repeated over positions",
+            "no": "own for each position",
+        }
+        among = {
+            "all": "the same for all channels",
+            "groups": f"own for each of {self.groups} groups of channels",
+            "no": "own for each channel" if self.channels == "separable" else "own for each pair of channels",
+        }
+        return ", ".join(
+            [
+                f"{self.positions} ({self.reads} of {self.num_positions} positions)",
+                f"channels {self.channels}",
+                f"weights {over[self.shared_over_positions]}",
+                among[self.shared_over_channels],
+                "static" if self.dynamic == "no" else f"dynamic {self.dynamic}",
+                *([] if self.frozen else ["by the whole Jacobian"]),
+            ]
+        )
+
+
+def connectivity(operator: nn.Module, grid: Sequence[int] | None = None, *, dim: int | None = None) -> Connectivity:
+    """Measures the three principles on two images of random tokens.
+
+    Args:
+        operator: any module with the call [B, *S, C] -> [B, *S', C'], images independent of each other in
+            evaluation. It is not changed: a copy is measured, in float64, with noise on its parameters, so that
+            nothing is equal or zero only because it starts so.
+        grid: S; (8, 8) by default, (16,) for an operator of rank 1. Must be longer than a window to see its end.
+        dim: C; the operator's own `dim` by default.
+
+    Cost: two Jacobians, of N*E forward and backward passes each; 2*N*E*M*C numbers (16 MiB at 8x8 and 16 channels).
+
+    Raises:
+        ValueError: an operator without `dim` where none is given.
+    """
+    found, out_grid, grid = _jacobian(operator, grid, dim)
+    found = found / found.abs().max().clamp(min=torch.finfo(found.dtype).tiny)
+    read = found.abs().amax((0, 2, 4)) > SAME  # [N, M]
+    positions = _positions(read, out_grid, grid)
+    groups = _groups(found, itself=positions == "itself")
+    shared = _shared(found, read, out_grid, grid)
+    changes = bool((found[0] - found[1]).abs().max() > SAME)
+    return Connectivity(
+        positions=positions,
+        reads=int(read.sum(1).max()),
+        num_positions=math.prod(grid),
+        channels="dense" if groups is None else "separable",
+        shared_over_positions=shared,
+        shared_over_channels="all" if groups == 1 else "no" if groups in (None, found.shape[-1]) else "groups",
+        groups=groups,
+        dynamic="no" if not changes else "per position" if shared == "no" else "per image",
+        frozen=isinstance(operator, TokenMixer),
+    )
+
+
+def jacobian(operator: nn.Module, grid: Sequence[int] | None = None, *, dim: int | None = None) -> Tensor:
+    """What every output channel takes from every input channel: [2, N, E, M, C]; arguments as `connectivity`.
+
+    The weights of a token mixer are held still: it is d project(aggregate(A, values(x))) / dx.
+    """
+    return _jacobian(operator, grid, dim)[0]
+
+
+def _jacobian(
+    operator: nn.Module, grid: Sequence[int] | None, dim: int | None
+) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
+    """The Jacobian, and the shapes of its outputs and inputs."""
+    dim = getattr(operator, "dim", None) if dim is None else dim
+    if not isinstance(dim, int):
+        raise ValueError(f"dim: {type(operator).__name__} does not say its channels; give dim")
+    if grid is None:
+        grid = (16,) if getattr(operator, "rank", None) == 1 else (8, 8)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        operator = copy.deepcopy(operator).cpu().double().eval()
+        for parameter in operator.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        x = torch.randn(2, *grid, dim, dtype=torch.float64)
+        held = operator.weights(x) if isinstance(operator, TokenMixer) else None
+        out_grid = tuple(operator(x).shape[1:-1]) if held is None else held.out_grid
+    images = []
+    for b in range(2):
+        call = operator if held is None else _held(operator, held, b)  # type: ignore[arg-type]
+        images.append(_rows_of(call, x[b : b + 1]))
+    found = torch.stack(images)
+    n, m = math.prod(out_grid), math.prod(grid)
+    return found.view(2, n, found.shape[1] // n, m, dim), out_grid, tuple(grid)
+
+
+def _held(mixer: TokenMixer, held: Aggregation, image: int) -> Callable[[Tensor], Tensor]:
+    """The mixer with its weights held at those of one image."""
+
+    dense = held.dense()  # few tokens: quicker than gathering, whose backward pass scatters
+    one = replace(held, weights=dense[image : image + 1] if dense.shape[0] > 1 else dense, index=None)
+    return lambda x: mixer.project(aggregate(one, mixer.values(x)))
+
+
+def _rows_of(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The Jacobian of one image, [outputs, inputs]: a copy of the image for each output, all in one batch."""
+    with torch.no_grad():
+        outputs = call(x).numel()
+    rows = []
+    for start in range(0, outputs, ROWS):
+        some = torch.arange(start, min(start + ROWS, outputs))
+        copies = x.expand(len(some), *x.shape[1:]).clone().requires_grad_()
+        picked = call(copies).flatten(1).gather(1, some[:, None])
+        rows.append(torch.autograd.grad(picked.sum(), copies)[0].flatten(1))
+    return torch.cat(rows)
+
+
+def _positions(
+    read: Tensor, out_grid: Sequence[int], grid: Sequence[int]
+) -> Literal["itself", "local", "sparse", "global"]:
+    """How far outputs read, from which read which, [N, M]."""
+    if tuple(out_grid) == tuple(grid) and torch.equal(read, torch.eye(len(read), dtype=torch.bool)):
+        return "itself"
+    whole = torch.ones(len(read), dtype=torch.bool)  # whose sources reach from end to end along every axis
+    for axis, n in enumerate(grid):
+        others = [a + 1 for a in range(len(grid)) if a != axis]
+        along = read.view(-1, *grid)
+        along = along.any(others) if others else along
+        place = torch.arange(n)
+        first = torch.where(along, place, n).amin(1)
+        last = torch.where(along, place, -1).amax(1)
+        whole &= last - first == n - 1
+    if not whole.any():
+        return "local"
+    return "global" if bool((read[whole].sum(1) > read.shape[1] / 2).any()) else "sparse"
+
+
+def _groups(found: Tensor, *, itself: bool) -> int | None:
+    """How many different weights there are among the channels; None if the blocks have no common P and V.
+
+    Where J_ij = P diag(a_ij) V, any two sums of blocks X, Y of full rank give Y X^+ = P diag(y / x) P^-1: such
+    matrices commute, and have one eigenvalue for each different a.
+    """
+    blocks = found.permute(0, 1, 3, 2, 4).flatten(0, 2)
+    blocks = blocks[blocks.abs().amax((1, 2)) > SAME]
+    if itself:  # one block says nothing of a common P and V; it mixes channels, or it does not
+        square = blocks.shape[1] == blocks.shape[2]
+        if not square or (blocks - torch.diag_embed(blocks.diagonal(dim1=1, dim2=2))).abs().max() > SAME:
+            return None
+    generator = torch.Generator().manual_seed(0)
+    shares = torch.randn(3, len(blocks), generator=generator, dtype=blocks.dtype)
+    x, y, z = torch.einsum("sk,kec->sec", shares, blocks)
+    back = torch.linalg.pinv(x)
+    y, z = y @ back, z @ back
+    size = (y @ z).abs().max()
+    if (y @ z - z @ y).abs().max() > SAME_EIGENVALUE * size:
+        return None
+    values = torch.linalg.eigvals(y)
+    near = (values[:, None] - values).abs() <= SAME_EIGENVALUE * values.abs().max()
+    return int((~near.tril(-1).any(1)).sum())  # those that no earlier one equals
+
+
+def _shared(
+    found: Tensor, read: Tensor, out_grid: Sequence[int], grid: Sequence[int]
+) -> Literal["yes", "periodically", "no"]:
+    """Whether the blocks J[i, j] of each image repeat when i and j move together along each axis."""
+    rank = len(grid)
+    if len(out_grid) != rank:
+        return "no"
+    e, c = found.shape[2], found.shape[4]
+    blocks = found.permute(0, 1, 3, 2, 4).reshape(2, *out_grid, *grid, e, c)
+    inside = _interior(read.view(*out_grid, *grid), rank)
+    steps = []
+    for axis in range(rank):
+        stride = round(grid[axis] / out_grid[axis])
+        step = next((p for p in range(1, out_grid[axis]) if _repeats(blocks, inside, rank, axis, p, stride)), None)
+        if step is None:
+            return "no"
+        steps.append(step)
+    return "yes" if all(step == 1 for step in steps) else "periodically"
+
+
+def _repeats(blocks: Tensor, inside: Tensor, rank: int, axis: int, step: int, stride: int) -> bool:
+    """Whether J[i + step, j + step * stride] is J[i, j] along an axis, and not because there is nothing."""
+    n, m, to = blocks.shape[1 + axis], blocks.shape[1 + rank + axis], 1 + rank + axis
+    move = step * stride
+    if move >= m:
+        return False
+    ahead = blocks.narrow(1 + axis, step, n - step).narrow(to, move, m - move)
+    here = blocks.narrow(1 + axis, 0, n - step).narrow(to, 0, m - move)
+    if step == 1 and bool(inside.any()):
+        both = inside.narrow(axis, 1, n - 1) & inside.narrow(axis, 0, n - 1)
+        if bool(both.any()):  # an output at the border may be weighted otherwise
+            ahead, here = (t.movedim(0, rank)[both] for t in (ahead, here))
+    return bool((ahead - here).abs().max() <= SAME) and bool(here.abs().max() > SAME)
+
+
+def _interior(read: Tensor, rank: int) -> Tensor:
+    """[*S']: outputs that read nothing at the border of the grid, so that nothing of theirs is cut off."""
+    inside = torch.ones(read.shape[:rank], dtype=torch.bool)
+    for axis in range(rank):
+        at = read.movedim(rank + axis, 0)
+        for border in (at[0], at[-1]):
+            inside &= ~border.flatten(rank).any(-1) if rank > 1 else ~border
+    return inside

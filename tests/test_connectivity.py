@@ -1,0 +1,186 @@
+"""The three principles, measured, against the table of Han et al. 2022 and modules whose connections are known."""
+
+import pytest
+import torch
+from torch import nn
+
+import glocal
+from glocal.analysis.connectivity import Connectivity, connectivity, jacobian
+
+FAULTS = (
+    ("everything is read", "found.abs().amax((0, 2, 4)) > SAME", "found.abs().amax((0, 2, 4)) >= 0"),
+    ("weights are not held still", "operator.weights(x) if isinstance(operator, TokenMixer) else None", "None"),
+    ("the second image is the first", "_rows_of(call, x[b : b + 1])", "_rows_of(call, x[:1])"),
+    ("the second image has the weights of the first", "_held(operator, held, b)", "_held(operator, held, 0)"),
+    ("borders count", "if step == 1 and bool(inside.any()):", "if False:"),
+    ("sources move as many steps as outputs, whatever the stride", "move = step * stride", "move = step"),
+    ("windows are not looked for", "for p in range(1, out_grid[axis])", "for p in range(1, 2)"),
+    ("products of blocks are not compared", "(y @ z - z @ y).abs().max()", "(y @ z - y @ z).abs().max()"),
+    ("blocks are compared as they are, with P in them", "y, z = y @ back, z @ back", "y, z = y, z"),
+    ("one axis decides what is far", "whole &= last", "whole |= last"),
+    ("a single block is no mixing of channels", "if itself:", "if False:"),
+)  # fmt: skip
+
+# positions, channels, shared over positions, over channels, groups, dynamic: columns of the table, at 16 channels
+CASES = {
+    "Convolution(kernel_size=3)": ("local", "dense", "yes", "no", None, "no"),
+    "DepthwiseConv(kernel_size=3)": ("local", "separable", "yes", "no", 16, "no"),
+    "DynamicDepthwiseConv(kernel_size=3)": ("local", "separable", "yes", "no", 16, "per image"),
+    "InhomogeneousDepthwiseConv(kernel_size=3, num_groups=4)": (
+        *("local", "separable", "no", "groups", 4, "per position"),
+    ),
+    "LocalMLP(window_size=4, num_heads=4)": ("local", "separable", "periodically", "groups", 4, "no"),
+    "WindowAttention(window_size=4, num_heads=4)": ("local", "separable", "no", "groups", 4, "per position"),
+    "NeighborhoodAttention(kernel_size=3, num_heads=2)": ("local", "separable", "no", "groups", 2, "per position"),
+    "SelfAttention(num_heads=4)": ("global", "separable", "no", "groups", 4, "per position"),
+    "RelativeAttention(grid_size=(8, 8), num_heads=4)": ("global", "separable", "no", "groups", 4, "per position"),
+    "AveragePooling(kernel_size=3)": ("local", "separable", "yes", "all", 1, "no"),
+    # of later papers
+    "DynamicConv(num_heads=4)": ("local", "separable", "no", "groups", 4, "per position"),
+    "LinearAttention(num_heads=4)": ("global", "separable", "no", "groups", 4, "per position"),
+    "MultiScaleAttention(num_heads=4)": ("global", "dense", "no", "no", None, "per position"),  # 2C inner channels
+    # pointwise; one head; stride; other axes and windows
+    "Convolution(kernel_size=1)": ("itself", "dense", "yes", "no", None, "no"),
+    "SelfAttention(num_heads=1)": ("global", "separable", "no", "all", 1, "per position"),
+    "DepthwiseConv(kernel_size=3, stride=2)": ("local", "separable", "yes", "no", 16, "no"),
+    "DepthwiseConv(kernel_size=5, rank=1)": ("local", "separable", "yes", "no", 16, "no"),
+    "LocalMLP(window_size=(2, 4), num_heads=2, shift_size=1)": (
+        *("local", "separable", "periodically", "groups", 2, "no"),
+    ),
+    "LocalMLP(window_size=5, num_heads=4, shift_size=2, rank=1)": (
+        *("local", "separable", "periodically", "groups", 4, "no"),
+    ),
+}  # fmt: skip
+
+
+def found_of(operator, **call):
+    found = connectivity(operator, **call)
+    return (
+        *(found.positions, found.channels, found.shared_over_positions),
+        *(found.shared_over_channels, found.groups, found.dynamic),
+    )
+
+
+@pytest.mark.parametrize("spec", CASES)
+def test_operators_connect_as_the_table_says(spec):
+    assert found_of(glocal.build(spec, 16)) == CASES[spec]
+
+
+class MixPositions(nn.Module):
+    """y = W x over positions, for each channel alike (`own`: by itself): a static matrix."""
+
+    def __init__(self, matrix):
+        super().__init__()
+        self.matrix = nn.Parameter(matrix)  # [N, N] or [N, N, C]
+
+    def forward(self, x):
+        flat = x.flatten(1, -2)
+        if self.matrix.dim() == 2:
+            return torch.einsum("nm,bmc->bnc", self.matrix, flat).view(x.shape)
+        return torch.einsum("nmc,bmc->bnc", self.matrix, flat).view(x.shape)
+
+
+class Full(nn.Module):
+    """Every output from every input: a linear layer over the whole image."""
+
+    def __init__(self, tokens, dim):
+        super().__init__()
+        self.linear = nn.Linear(tokens * dim, tokens * dim)
+
+    def forward(self, x):
+        return self.linear(x.flatten(1)).view(x.shape)
+
+
+class ChannelsFirst(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x.movedim(-1, 1)).movedim(1, -1)
+
+
+class Gate(nn.Module):
+    """One number for each image times a static sum over positions."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) * x.detach().mean(tuple(range(1, x.dim())), keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("module", "grid", "expected"),
+    [
+        (nn.Linear(5, 5), (3, 4), ("itself", "dense", "yes", "no", None, "no")),
+        (nn.Identity(), (3, 4), ("itself", "separable", "yes", "all", 1, "no")),
+        (MixPositions(torch.rand(12, 12)), (3, 4), ("global", "separable", "no", "all", 1, "no")),  # MLP-Mixer's
+        (MixPositions(torch.rand(6, 6, 5)), (6,), ("global", "separable", "no", "no", 5, "no")),
+        (Full(6, 5), (6,), ("global", "dense", "no", "no", None, "no")),
+        (ChannelsFirst(nn.Conv2d(5, 5, 3, padding=1)), (5, 6), ("local", "dense", "yes", "no", None, "no")),
+        (ChannelsFirst(nn.Conv2d(5, 5, 3, padding=1, groups=5)), (5, 6), ("local", "separable", "yes", "no", 5, "no")),
+        (ChannelsFirst(nn.Conv1d(5, 8, 3, padding=1)), (9,), ("local", "dense", "yes", "no", None, "no")),
+        (ChannelsFirst(nn.AvgPool2d(2)), (6, 8), ("local", "separable", "yes", "all", 1, "no")),
+        (
+            Gate(ChannelsFirst(nn.Conv2d(5, 5, 3, padding=1, groups=5))),
+            (5, 6),
+            ("local", "separable", "yes", "no", 5, "per image"),
+        ),
+    ],
+)
+def test_modules_of_torch_connect_as_they_are_known_to(module, grid, expected):
+    assert found_of(module, grid=grid, dim=5) == expected
+
+
+class Axes(nn.Module):
+    """The mean of a row plus that of a column."""
+
+    def forward(self, x):
+        return x.mean(1, keepdim=True) + x.mean(2, keepdim=True)
+
+
+def test_far_and_few_is_sparse():
+    found = connectivity(Axes(), (6, 7), dim=4)
+    assert (found.positions, found.reads, found.num_positions) == ("sparse", 12, 42)
+
+
+def test_the_jacobian_of_a_convolution_is_its_kernel():
+    conv = glocal.build("DepthwiseConv(kernel_size=3)", 4)
+    before = {k: v.clone() for k, v in conv.state_dict().items()}
+    draws = torch.get_rng_state()
+    found = jacobian(conv, (5, 6))
+    assert found.shape == (2, 30, 4, 30, 4) and torch.equal(found[0], found[1])
+    assert all(torch.equal(v, before[k]) for k, v in conv.state_dict().items())  # a copy is measured
+    assert torch.equal(torch.get_rng_state(), draws)
+    centre = found[0, 2 * 6 + 3].unflatten(1, (5, 6))  # [E, 5, 6, C] of the output at (2, 3)
+    same = torch.stack([centre[c, 1:4, 2:5, c] for c in range(4)])
+    assert (same - conv.weight[:, 0]).abs().max() < 0.6  # the noise, 0.1 of a normal deviate
+    assert same.abs().min() > 0 and (centre != 0).sum() == 4 * 9
+
+
+def test_the_jacobian_of_attention_holds_its_weights_still():
+    """Rows of A sum to 1, so that a constant image is sent to P V x + b: not so with the path through A."""
+    mixer = glocal.build("SelfAttention(num_heads=2)", 8)
+    found = jacobian(mixer, (5,))
+    total = found.sum(3)  # [2, N, E, C]
+    assert torch.allclose(total, total[:1, :1].expand_as(total))
+    assert not torch.allclose(found[0], found[1])
+
+
+def test_text_is_one_line():
+    assert str(connectivity(glocal.build("LocalMLP(window_size=4, num_heads=4, rank=1)", 16))) == (
+        "local (4 of 16 positions), channels separable, weights repeated over positions, "
+        "own for each of 4 groups of channels, static"
+    )
+    assert str(connectivity(nn.Linear(4, 4), (3,), dim=4)) == (
+        "itself (1 of 3 positions), channels dense, weights shared by all positions, "
+        "own for each pair of channels, static, by the whole Jacobian"
+    )
+
+
+def test_a_module_that_does_not_say_its_channels_is_refused():
+    with pytest.raises(ValueError, match="dim: GELU does not say its channels; give dim"):
+        connectivity(nn.GELU())
+    assert isinstance(connectivity(nn.GELU(), (3,), dim=2), Connectivity)
