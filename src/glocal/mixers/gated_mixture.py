@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from glocal.aggregation import Aggregation, aggregate
 from glocal.arguments import flag, given
-from glocal.mixer import TokenMixer, modes_kept
+from glocal.mixer import TokenMixer
 from glocal.mixers._attention import Attention, masked_softmax, sum_of
+from glocal.operator import modes_kept
 
 # Shape letters: B batch, N queries, M sources, K slots, G groups (heads), D channels per group, C channels.
 

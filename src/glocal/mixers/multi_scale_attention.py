@@ -109,7 +109,7 @@ class MultiScaleAttention(Attention):
         seen = self._seen(x, valid)
         bias = None if seen is None or (valid is None and self.causal) else mask_bias(seen, x.dtype)
         attention = sdpa(self.heads(x, 0), self.heads(x, 1), v, bias=bias, causal=self.causal and bias is None)
-        if bias is not None:
+        if seen is not None and bias is not None:
             # a row that sees nothing is spread evenly over what it may not see; the definition says 0
             attention = torch.where(seen.any(-1)[:, 0, :, None], attention, 0)
         kernels = self._kernels(v, x.dim() - 2).unflatten(1, x.shape[1:-1])
