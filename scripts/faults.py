@@ -1039,14 +1039,23 @@ _RUNS = (
 def _of_tests() -> Iterator[Fault]:
     """The literal `FAULTS` of a test, for the file of the same name, or for each file that it names."""
     for test in sorted((ROOT / "tests").rglob("test_*.py")):
-        found = next((ast.literal_eval(n.value) for n in _assignments(test) if "FAULTS" in _names(n)), ())
+        found = next((ast.literal_eval(n.value) for n in _assignments(test) if "FAULTS" in _names(n)), {})
         relative = test.relative_to(ROOT / "tests")
         own = str(relative.with_name(relative.name.removeprefix("test_")))
         for file, faults in (found if isinstance(found, dict) else {own: found}).items():
-            source, tests = f"src/glocal/{file}", (f"tests/{relative}",)
+            source, tests = _place(file), (f"tests/{relative}",)
             if file.startswith("mixers/"):
                 tests += (*_contract(source), "tests/test_mutants.py", "tests/test_mixer.py")
             yield from (Fault(source, old, new, breaks, tests) for breaks, old, new in faults)
+
+
+def _place(file: str) -> str:
+    """Where a file of the package is, if it is named without its folder."""
+    package = ROOT / "src" / "glocal"
+    path = package / file
+    if not path.is_file():
+        [path] = package.rglob(path.name)
+    return str(path.relative_to(ROOT))
 
 
 def _contract(source: str) -> tuple[str, ...]:

@@ -146,3 +146,21 @@ def test_why_not_the_other_path(call):
     assert "weights (1, 1, 30, 5)" in out
     code, out, _ = call("explain-path", "FILE:RowMean", "--shape", "2", "6", "5", "8", "--impl", "fast", text=slow)
     assert code == 0 and "path     none, the call is refused; RowMean: has no fast path" in out
+
+
+def test_the_list_is_measured(call, monkeypatch):
+    few = ("Convolution", "DepthwiseConv", "SelfAttention", "WindowAttention")
+    monkeypatch.setattr("glocal.spec.available", lambda: few)
+    code, out, _ = call("list")
+    assert code == 0
+    rows = {
+        line.split("  ")[0]: [cell.strip() for cell in line.split("  ") if cell.strip()] for line in out.splitlines()
+    }
+    assert rows["Convolution"][1:] == ["1x9x1x1", "local, 9 of 64", "dense", "shared", "own", "no"]
+    assert rows["DepthwiseConv"][1:] == ["1x16x1x9", "local, 9 of 64", "separable", "shared", "own", "no"]
+    assert rows["SelfAttention"][2:] == ["global, 64 of 64", "separable", "own", "4 groups", "per position"]
+    assert rows["WindowAttention"][2:4] == ["local, 16 of 64", "separable"]
+    code, out, _ = call("list", "--json")
+    found = json.loads(out)
+    assert code == 0 and [each["operator"] for each in found] == list(few)
+    assert found[1]["weights"] == [1, 16, 1, 9] and found[1]["positions"] == "local" and found[1]["dynamic"] == "no"
