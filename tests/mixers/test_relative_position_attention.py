@@ -14,8 +14,12 @@ SIZE = DIM // HEADS
 
 FAULTS = (
     ("offsets are source minus query", "n - 1 - axis_offsets(n, x.device)", "n - 1 + axis_offsets(n, x.device)"),
-    ("v is used for u", "self.scale * self.r_w_bias", "self.scale * self.r_r_bias"),
-    ("u is not scaled", "self.scale * self.r_w_bias", "self.r_w_bias"),
+    (
+        "v is used for u in the definition",
+        "q + self.scale * self.r_w_bias, k)\n",
+        "q + self.scale * self.r_r_bias, k)\n",
+    ),
+    ("u is not scaled on the fast path", "sdpa(q + self.scale * self.r_w_bias", "sdpa(q + self.r_w_bias"),
     ("v is not scaled", "self.scale * self.r_r_bias", "self.r_r_bias"),
     (
         "rows and columns are laid out the wrong way",

@@ -74,31 +74,28 @@ class RelativePositionAttention(Attention):
             self.r_embeddings = nn.ModuleList(nn.Embedding(2 * n - 1, dim // rank) for n in self._sizes)
 
     def scores(self, x: Tensor, *, queries: Tensor | None = None) -> dict[str, Tensor]:
-        q, k = self._queries_for_content(x, queries), self.heads(x, 1)
-        return {"content": torch.einsum("bngd,bmgd->bgnm", q, k), "position": self._position(x, queries)}
+        q, k = self.heads(x, 0), self.heads(x, 1)
+        q = q if queries is None else q[:, queries]
+        content = torch.einsum("bngd,bmgd->bgnm", q + self.scale * self.r_w_bias, k)
+        return {"content": content, "position": self._position(x, q, queries)}
 
     def weights(self, x: Tensor, *, valid: Tensor | None = None, queries: Tensor | None = None) -> Aggregation:
         return softmax_over_sources(sum_of(self._scores(x, queries=queries)), x, valid, queries)
 
     def fast(self, x: Tensor, values: Tensor, *, valid: Tensor | None = None) -> Tensor:
-        q, k, bias = self._queries_for_content(x, None), self.heads(x, 1), self._position(x, None)
+        q, k = self.heads(x, 0), self.heads(x, 1)
+        bias = self._position(x, q, None)
         if valid is not None:
             bias = bias + mask_bias(valid.flatten(1)[:, None, None], bias.dtype)
-        return self.proj(sdpa(q, k, values, bias=bias))
+        return self.proj(sdpa(q + self.scale * self.r_w_bias, k, values, bias=bias))
 
     def macs(self, grid: Sequence[int]) -> int:
         n, offsets = math.prod(grid), sum(2 * length - 1 for length in grid)
         return self._projection_macs(n) + 2 * n * n * self.dim + offsets * self.dim * (self.dim + n)
 
-    def _queries_for_content(self, x: Tensor, queries: Tensor | None) -> Tensor:
-        """[B, N, heads, D]: q + u, scaled."""
-        q = self.heads(x, 0) + self.scale * self.r_w_bias
-        return q if queries is None else q[:, queries]
-
-    def _position(self, x: Tensor, queries: Tensor | None) -> Tensor:
+    def _position(self, x: Tensor, q: Tensor, queries: Tensor | None) -> Tensor:
         """[B, heads, N, M]: the scores of offsets, found for every query and axis and then laid out on the sources."""
-        grid, q = x.shape[1:-1], self.heads(x, 0) + self.scale * self.r_r_bias
-        q = q if queries is None else q[:, queries]
+        grid, q = x.shape[1:-1], q + self.scale * self.r_r_bias
         scores = []
         for axis, n in enumerate(grid):
             known = torch.einsum("bngd,rgd->bgnr", q, self._embedded_offsets(x, axis))
