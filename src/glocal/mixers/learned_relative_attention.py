@@ -37,7 +37,7 @@ class LearnedRelativeAttention(PositionalAttention):
         x [B, *S, C] -> [B, *S, C], S up to grid_size. `row_embeddings` [2*grid_size[-1] - 1, position_dim], entry
         dx + grid_size[-1] - 1, and `col_embeddings` [2*grid_size[0] - 1, position_dim] likewise; `head_keys_row` and
         `head_keys_col` hold u, [heads, position_dim]. `value` maps heads*C channels, head by head, to C; with content
-        `query` and `key` map C channels to heads*C.
+        `query` and, without a bias, `key` map C channels to heads*C.
 
     Cost: N^2*heads*C + N*heads*C^2 multiply-adds, and (2n - 1)*position_dim*heads for each axis
     of n tokens; with content N^2*heads*C + 2*N*heads*C^2 more. Without content the fast path takes
