@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import glocal
-from glocal.analysis.connectivity import Connectivity, connectivity, jacobian
+from glocal.analysis.connectivity import Connectivity, connections, connectivity, jacobian
 
 FAULTS = (
     ("everything is read", "found.abs().amax((0, 2, 4)) > SAME", "found.abs().amax((0, 2, 4)) >= 0"),
@@ -184,3 +184,19 @@ def test_a_module_that_does_not_say_its_channels_is_refused():
     with pytest.raises(ValueError, match="dim: GELU does not say its channels; give dim"):
         connectivity(nn.GELU())
     assert isinstance(connectivity(nn.GELU(), (3,), dim=2), Connectivity)
+
+
+def test_connections_of_a_picture():
+    conv = ChannelsFirst(nn.Conv2d(4, 4, (1, 3), padding=(0, 1), groups=4)).double()
+    with torch.no_grad():
+        positions, channels = (torch.tensor(t, dtype=torch.float64) for t in connections(conv, (3, 6), dim=4))
+    assert positions.shape == (6, 6) and channels.shape == (4, 4)
+    near = (torch.arange(6)[:, None] - torch.arange(6)).abs() <= 1
+    assert torch.equal(positions > 0, near) and torch.equal(channels > 0, torch.eye(4, dtype=torch.bool))
+    for offset in (-1, 0, 1):  # one weight each
+        assert torch.allclose(*[positions.diagonal(offset)[i:][:4] for i in (0, 1)])
+    along_columns = ChannelsFirst(nn.Conv2d(4, 4, (3, 1), padding=(1, 0)))
+    positions = torch.tensor(connections(along_columns, (3, 6), dim=4)[0])
+    assert torch.equal(positions > 0, torch.eye(6, dtype=torch.bool))
+    positions, channels = connections(glocal.build("SelfAttention(num_heads=2)", 4), dim=4)
+    assert len(positions) == 8 and min(map(min, positions)) > 0 and min(map(min, channels)) > 0

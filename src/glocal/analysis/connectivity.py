@@ -121,6 +121,27 @@ def jacobian(operator: nn.Module, grid: Sequence[int] | None = None, *, dim: int
     return _jacobian(operator, grid, dim)[0]
 
 
+def connections(
+    operator: nn.Module, grid: Sequence[int] = (8,), *, dim: int | None = None
+) -> tuple[list[list[float]], list[list[float]]]:
+    """How strongly outputs read inputs along the middle of the grid, and channels channels, for a picture.
+
+    Args:
+        operator, grid, dim: as `connectivity`.
+
+    Returns:
+        Positions along the last axis, through the middle of all others: one row for each output, one number for each
+        input, the root of the sum of squares over channels. And channels of the output in the middle, in the same
+        form, over the positions that it reads. Projections are in it: attention joins all channels.
+    """
+    found, out_grid, grid = _jacobian(operator, grid, dim)
+    block = found[0].permute(0, 2, 1, 3).unflatten(1, grid).unflatten(0, out_grid)  # [*S', *S, E, C]
+    for axis, n in enumerate(out_grid[:-1]):
+        block = block.select(0, n // 2).select(len(out_grid) - 1 - axis, grid[axis] // 2)
+    middle = found[0, int(torch.arange(math.prod(out_grid)).view(out_grid)[tuple(n // 2 for n in out_grid)])]
+    return block.square().sum((2, 3)).sqrt().tolist(), middle.square().sum(1).sqrt().tolist()
+
+
 def _jacobian(
     operator: nn.Module, grid: Sequence[int] | None, dim: int | None
 ) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
@@ -163,8 +184,9 @@ def _rows_of(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     for start in range(0, outputs, ROWS):
         some = torch.arange(start, min(start + ROWS, outputs))
         copies = x.expand(len(some), *x.shape[1:]).clone().requires_grad_()
-        picked = call(copies).flatten(1).gather(1, some[:, None])
-        rows.append(torch.autograd.grad(picked.sum(), copies)[0].flatten(1))
+        with torch.enable_grad():
+            picked = call(copies).flatten(1).gather(1, some[:, None]).sum()
+        rows.append(torch.autograd.grad(picked, copies)[0].flatten(1))
     return torch.cat(rows)
 
 
