@@ -50,8 +50,13 @@ def test_the_reference_is_the_standard_network(of):
 @pytest.mark.parametrize("operator", glocal.available())
 def test_every_operator_meets_the_budget_of_widths_that_it_takes(operator):
     target = reference(32, 1, 8)
-    fitted = fit(operator, target, **DATA)
-    assert abs(cost.macs(built(operator, fitted), image()) / target - 1) < 0.02
+    try:
+        layout = operator
+        fitted = fit(layout, target, **DATA)
+    except ValueError:  # heads of 32 channels are too coarse for a network of one stage, or there is no default
+        layout = getattr(glocal.mixers, operator).examples[0]
+        fitted = fit(layout, target, **DATA)
+    assert abs(cost.macs(built(layout, fitted), image()) / target - 1) < 0.02
 
 
 def test_widths_that_an_operator_refuses_are_passed_over():

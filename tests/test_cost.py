@@ -42,10 +42,6 @@ def test_every_operator_costs_what_its_formula_says(spec):
     assert macs(mixer, torch.randn(1, 6, 8, C)) == mixer.macs((6, 8)) == BY_HAND[spec]
 
 
-def test_no_operator_is_left_out():
-    assert {spec.partition("(")[0] for spec in BY_HAND} == set(glocal.available())
-
-
 @pytest.mark.parametrize("impl", ["reference", "fast", "auto"])
 @pytest.mark.parametrize("spec", ["InhomogeneousDepthwiseConv", "NeighborhoodAttention(kernel_size=3)"])
 def test_the_path_does_not_change_the_cost(spec, impl):

@@ -459,7 +459,7 @@ def test_which_images_a_run_sees():
     assert equal(of(fraction=0.5), fraction(data, 0.5, 3))
     assert equal(of(folds=4, fold=1), fold(data, 1, 4))
     assert equal(of(validation=True), hold_out(data))
-    assert equal(of(fraction=0.5, folds=4, fold=1, validation=True), fraction(hold_out(fold(data, 1, 4)), 0.5, 3))
+    assert equal(of(fraction=0.5, folds=4, fold=1, validation=True), hold_out(fraction(fold(data, 1, 4), 0.5, 3)))
     assert of(in_chans=3, img_size=(10, 12)).train_images.shape == (64, 3, 10, 12)
 
 
