@@ -199,4 +199,10 @@ def test_connections_of_a_picture():
     positions = torch.tensor(connections(along_columns, (3, 6), dim=4)[0])
     assert torch.equal(positions > 0, torch.eye(6, dtype=torch.bool))
     positions, channels = connections(glocal.build("SelfAttention(num_heads=2)", 4), dim=4)
-    assert len(positions) == 8 and min(map(min, positions)) > 0 and min(map(min, channels)) > 0
+    assert len(positions) == 8 and min(map(min, positions)) > 0
+    own = torch.tensor(channels).diagonal()  # projections undone: every channel with itself, and a weight for each head
+    assert torch.equal(torch.tensor(channels), torch.diag_embed(own)) and own[0] == own[1] != own[2] == own[3]
+    dense = torch.tensor(connections(glocal.build("Convolution(kernel_size=3)", 4), (3, 6))[1])
+    assert (dense > 0).all()
+    alone = torch.tensor(connections(glocal.build("Convolution(kernel_size=1)", 4), (3, 6))[1])
+    assert (alone > 0).all()  # one position: nothing tells a projection from the operator

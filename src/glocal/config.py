@@ -251,6 +251,9 @@ class ListCommand:
     json: bool = False
     """Print JSON."""
 
+    html: Path | None = None
+    """A file to write: a page with a picture of what each operator connects."""
+
 
 @dataclass(frozen=True)
 class CheckOperatorCommand:

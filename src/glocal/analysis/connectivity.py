@@ -132,14 +132,31 @@ def connections(
     Returns:
         Positions along the last axis, through the middle of all others: one row for each output, one number for each
         input, the root of the sum of squares over channels. And channels of the output in the middle, in the same
-        form, over the positions that it reads. Projections are in it: attention joins all channels.
+        form: where the blocks are P diag(a_ij) V, the |a_ij| of the input that it reads most, in increasing order on
+        a diagonal, up to a common factor for each channel; else the root of the sum of squares over the positions
+        that it reads.
     """
     found, out_grid, grid = _jacobian(operator, grid, dim)
     block = found[0].permute(0, 2, 1, 3).unflatten(1, grid).unflatten(0, out_grid)  # [*S', *S, E, C]
     for axis, n in enumerate(out_grid[:-1]):
         block = block.select(0, n // 2).select(len(out_grid) - 1 - axis, grid[axis] // 2)
     middle = found[0, int(torch.arange(math.prod(out_grid)).view(out_grid)[tuple(n // 2 for n in out_grid)])]
-    return block.square().sum((2, 3)).sqrt().tolist(), middle.square().sum(1).sqrt().tolist()
+    middle = middle.transpose(0, 1)  # [M, E, C]
+    itself = bool((found[0].abs().amax((1, 3)) > 0).sum() == math.prod(out_grid))
+    if _groups(found, itself=itself) is None or itself:
+        channels = middle.square().sum(0).sqrt()
+    else:
+        most = middle[middle.square().sum((1, 2)).argmax()]
+        values = torch.linalg.eigvals(most @ torch.linalg.pinv(found[0].sum((0, 2)))).abs()
+        channels = torch.diag_embed(_rounded(values.sort().values))
+    return block.square().sum((2, 3)).sqrt().tolist(), channels.tolist()
+
+
+def _rounded(values: Tensor) -> Tensor:
+    """Sorted values, of which those that are nearly equal are the same."""
+    new = torch.ones(len(values), dtype=torch.bool)
+    new[1:] = values.diff() > SAME_EIGENVALUE * values[-1]
+    return values[new][new.cumsum(0) - 1]
 
 
 def _jacobian(

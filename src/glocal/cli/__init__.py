@@ -32,7 +32,7 @@ _COMMANDS = {
     "evaluate": ("test a trained network", "runs", "evaluate"),
     "predict": ("say what a trained network sees in images", "runs", "predict"),
     "check-data": ("say what a data set holds, and what is wrong with it", "runs", "check_data"),
-    "list": ("all operators: the weights they store, and what they connect and share", "operators", "list"),
+    "list": ("all operators: the weights they store, and what they connect and share", "listing", "list"),
     "check-operator": ("whether an operator, yours or ours, keeps its promises", "operators", "check_operator"),
     "explain-path": ("which path an operator takes on a shape, and why not the other", "operators", "explain_path"),
 }

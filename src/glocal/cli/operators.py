@@ -1,84 +1,13 @@
 """The commands about operators."""
 
 import json
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from glocal.cli.parsing import UserError, parse, print_table, said_in_one_line
+from glocal.cli.parsing import UserError, parse, said_in_one_line
 
 if TYPE_CHECKING:
     from glocal.contract import Outcome
-    from glocal.operator import Operator
-
-
-def list_command(name: str, arguments: Sequence[str]) -> int:
-    """`glocal list`."""
-    from glocal.config import ListCommand
-
-    command = parse(ListCommand, name, arguments)
-    if command is None:
-        return 0
-    from dataclasses import asdict
-
-    import torch
-
-    from glocal import mixers
-    from glocal.analysis.connectivity import connectivity
-    from glocal.mixer import TokenMixer
-    from glocal.spec import available
-
-    torch.set_num_threads(1)  # all matrices are small
-    found = []
-    for operator in available():
-        spec, mixer = _smallest(getattr(mixers, operator).examples)
-        grid = (8, 8) if mixer.rank in (None, 2) else (16,)
-        stored = (
-            mixer.weights(torch.zeros(2, *grid, mixer.dim)).weights.shape if isinstance(mixer, TokenMixer) else None
-        )
-        found.append((operator, spec, mixer.dim, grid, stored, connectivity(mixer, grid)))
-        if not command.json and sys.stderr.isatty():
-            print(f"\r{len(found)} of {len(available())} measured", end="", file=sys.stderr)
-    if not command.json and sys.stderr.isatty():
-        print("\r", end="", file=sys.stderr)
-    if command.json:
-        keys = ("operator", "spec", "dim", "grid", "weights")
-        print(json.dumps([dict(zip(keys, row[:-1], strict=True)) | asdict(row[-1]) for row in found], indent=1))
-        return 0
-    rows = [("operator", "weights stored", "reads", "channels", "over positions", "over channels", "dynamic")]
-    for operator, _, _, _, stored, measured in found:
-        rows.append(
-            (
-                operator,
-                "-" if stored is None else "x".join(map(str, stored)),
-                f"{measured.positions}, {measured.reads} of {measured.num_positions}",
-                measured.channels,
-                {"yes": "shared", "periodically": "repeated", "no": "own"}[measured.shared_over_positions],
-                {"all": "shared", "groups": f"{measured.groups} groups", "no": "own"}[measured.shared_over_channels],
-                measured.dynamic + ("" if measured.frozen else " *"),
-            )
-        )
-    print_table(rows)
-    print(
-        f"\n{len(found)} operators; weights as images x groups x queries x weights of a query; the rest measured from "
-        "the\nJacobian of the first example on two images of 8 x 8 tokens (16 for sequences), the weights held still.\n"
-        "* an ordinary module, whose whole Jacobian is taken."
-    )
-    return 0
-
-
-def _smallest(examples: Sequence[str]) -> tuple[str, "Operator"]:
-    """The first example, at 16 channels if it takes as few."""
-    from glocal.evidence import DIM
-    from glocal.spec import build
-
-    for dim in (16, DIM):
-        try:
-            return examples[0], build(examples[0], dim).eval()  # type: ignore[return-value]
-        except ValueError:
-            if dim == DIM:
-                raise
-    raise AssertionError
 
 
 def check_operator_command(name: str, arguments: Sequence[str]) -> int:

@@ -1,15 +1,11 @@
 """The report of `glocal compare`, and its main picture on its own."""
 
-from importlib.resources import files
 from typing import Any
-
-import jinja2
-from markupsafe import Markup
 
 from glocal.report import answers, insights, variations
 from glocal.report.accuracy import is_sequence, side_by_side
-from glocal.report.drawing import DARK, INKS, LIGHT, light_inks, style
-from glocal.report.page import unbroken
+from glocal.report.drawing import LIGHT, light_inks, style
+from glocal.report.page import render, unbroken
 from glocal.report.study import Study
 
 
@@ -37,17 +33,12 @@ def compare_report(results: dict[str, Any]) -> str:
             insights.method,
         )
     ]
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string(files("glocal.report").joinpath("comparison.html").read_text("utf-8"))
-    variables = {name: f"var(--{name})" for name in INKS}
-    return template.render(
+    return render(
+        "comparison.html",
         data=[study.label(name) for name in study.datasets],
         runs=results.get("runs") or {"finished": 0, "planned": 0},
         sections=[section for section in made if section is not None],
-        light={**light_inks(), **{f"c{i}": colour for i, colour in enumerate(LIGHT)}},
-        dark={**{name: dark for name, (_, dark) in INKS.items()}, **{f"c{i}": colour for i, colour in enumerate(DARK)}},
         unbroken=unbroken,
-        rules=Markup(style(variables, [f"var(--c{i})" for i in range(len(LIGHT))])),
     )
 
 

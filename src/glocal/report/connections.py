@@ -9,7 +9,7 @@ from markupsafe import Markup
 from glocal.report.drawing import LIGHT, Series, opening, series_of, text, titled
 
 _STEP, _SPAN, _SIDE, _TOP, _GAP = 22, 150, 26, 40, 36  # between nodes, from side to side, beside, above, between panels
-_FAINTEST = 0.15  # opacity of the smallest weight that is drawn
+_FAINTEST = 0.25  # opacity of the smallest weight that is drawn
 _EQUAL = 1e-6  # relative to the largest weight: what is one weight, and what is zero
 
 

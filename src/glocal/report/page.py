@@ -3,10 +3,13 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
 
+import jinja2
 from markupsafe import Markup, escape
 
-from glocal.report.drawing import Series, marker, path
+from glocal.report.drawing import DARK, INKS, LIGHT, Series, light_inks, marker, path, style
 from glocal.report.study import Study
 
 
@@ -31,6 +34,22 @@ class Section:
     body: Markup
     how: str
     caveat: str
+
+
+def render(template: str, **values: Any) -> str:
+    """A page of this folder as one HTML file that needs nothing else; what is no `Markup` is escaped."""
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        loader=jinja2.FunctionLoader(lambda name: files("glocal.report").joinpath(name).read_text("utf-8")),
+    )
+    variables = {name: f"var(--{name})" for name in INKS}
+    return environment.get_template(template).render(
+        light={**light_inks(), **{f"c{i}": colour for i, colour in enumerate(LIGHT)}},
+        dark={**{name: dark for name, (_, dark) in INKS.items()}, **{f"c{i}": colour for i, colour in enumerate(DARK)}},
+        rules=Markup(style(variables, [f"var(--c{i})" for i in range(len(LIGHT))])),
+        **values,
+    )
 
 
 def figures(drawn: Iterable[tuple[Markup, str]], least: float = 27) -> Markup:
