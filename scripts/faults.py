@@ -1050,12 +1050,10 @@ def _of_tests() -> Iterator[Fault]:
 
 
 def _place(file: str) -> str:
-    """Where a file of the package is, if it is named without its folder."""
+    """Where a file of the package is; its folder may be left out, or joined to its name as in report_page.py."""
     package = ROOT / "src" / "glocal"
-    path = package / file
-    if not path.is_file():
-        [path] = package.rglob(path.name)
-    return str(path.relative_to(ROOT))
+    places = [package / file, package / file.replace("_", "/", 1), *package.rglob(Path(file).name)]
+    return str(next(place for place in places if place.is_file()).relative_to(ROOT))
 
 
 def _contract(source: str) -> tuple[str, ...]:
