@@ -24,6 +24,7 @@ REFUSALS = (
     "more than a softmax",
     "mask_padding=False lets padding be seen",
     "GeneralizedQuadraticAttention: has no fast path",
+    "an ordinary module",
 )
 
 
