@@ -27,4 +27,5 @@ from glocal.mixers.quadratic_attention import QuadraticAttention as QuadraticAtt
 from glocal.mixers.relative_attention import RelativeAttention as RelativeAttention
 from glocal.mixers.relative_position_attention import RelativePositionAttention as RelativePositionAttention
 from glocal.mixers.self_attention import SelfAttention as SelfAttention
+from glocal.mixers.token_mlp import TokenMLP as TokenMLP
 from glocal.mixers.window_attention import WindowAttention as WindowAttention
