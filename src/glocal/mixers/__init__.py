@@ -9,11 +9,10 @@ from glocal.mixers.dynamic_depthwise_conv import DynamicDepthwiseConv as Dynamic
 from glocal.mixers.gated_mixture import GatedMixture as GatedMixture
 from glocal.mixers.gated_positional_attention import GatedPositionalAttention as GatedPositionalAttention
 from glocal.mixers.generalized_quadratic_attention import (
-    GeneralizedQuadraticAttention as GeneralizedQuadraticAttention,
-)
 from glocal.mixers.halo_attention import HaloAttention as HaloAttention
 from glocal.mixers.inhomogeneous_depthwise_conv import InhomogeneousDepthwiseConv as InhomogeneousDepthwiseConv
 from glocal.mixers.involution import Involution as Involution
+from glocal.mixers.large_kernel_conv import LargeKernelConv as LargeKernelConv
 from glocal.mixers.learned_relative_attention import LearnedRelativeAttention as LearnedRelativeAttention
 from glocal.mixers.linear_attention import LinearAttention as LinearAttention
 from glocal.mixers.linear_token_mixing import LinearTokenMixing as LinearTokenMixing
