@@ -607,6 +607,7 @@ _LIBRARY = _shared("_library.py", "test_convolution.py")
 _NORM = _shared("_norm.py", "test_dynamic_depthwise_conv.py", "test_inhomogeneous_depthwise_conv.py")
 _WINDOWS = _shared("_grid.py", "test_window_attention.py", "test_local_mlp.py")
 _ATTENTION = _shared("_attention.py", "test_self_attention.py")
+_FOCAL = _shared("_focal.py", "test_focal_attention.py", "test_released_focal_attention.py")
 _ADAPTED = _core("mixers/_attention.py", "test_mixer.py", "test_mutants.py")
 _SHARED = (
     _TAPS(
@@ -778,6 +779,61 @@ _SHARED = (
         "a second derivative of the fused kernel fails without saying what to do",
         "        out.register_hook(_no_second_derivative)",
         "        pass",
+    ),
+    _FOCAL(
+        "the ring is moved to the start of every axis first",
+        "product((expand, -expand), repeat=len(window))",
+        "product((-expand, expand), repeat=len(window))",
+    ),
+    _FOCAL(
+        "biases of the ring are those of the first slots",
+        "self.relative_position_bias_table_to_neighbors[0, :, :, self._ring_kept]",
+        "self.relative_position_bias_table_to_neighbors[0, :, :, : len(self._ring_kept)]",
+    ),
+    _FOCAL(
+        "biases of pooled windows are mirrored",
+        "place[:, None] - coarse + focal_window // 2",
+        "place[:, None] + coarse + focal_window // 2",
+    ),
+    _FOCAL(
+        "pooled windows stand where their first token does",
+        "centres = [(1 - w) / (2 * w) for w in self._window]",
+        "centres = [0 for w in self._window]",
+    ),
+    _FOCAL(
+        "a window of padding alone is seen",
+        "torch.cat([in_window.any(-1), tokens], 1)",
+        "torch.cat([torch.ones_like(in_window[..., 0]), tokens], 1)",
+    ),
+    _FOCAL(
+        "padding is pooled",
+        "x = x.masked_fill(~valid[..., None], 0)",
+        "pass",
+    ),
+    _FOCAL(
+        "sources of tokens are counted from the pooled ones' first",
+        "torch.where(fine < 0, fine, fine + math.prod(counts))",
+        "fine",
+    ),
+    _FOCAL(
+        "the last column of a grid is outside",
+        "inside & (at >= 0) & (at < size)",
+        "inside & (at >= 0) & (at < size - (size > 1))",
+    ),
+    _FOCAL(
+        "windows at the end that are filled in part are left out of the pooled ones",
+        "tuple((n + w - 1) // w for n, w in zip(grid, self._window, strict=True))",
+        "tuple(max(n // w, 1) for n, w in zip(grid, self._window, strict=True))",
+    ),
+    _FOCAL(
+        "no gradient reaches the pooling",
+        "pooled = self.pool_layers[0](in_window.transpose(-1, -2)).squeeze(-1)",
+        "pooled = self.pool_layers[0](in_window.transpose(-1, -2)).squeeze(-1).detach()",
+    ),
+    _FOCAL(
+        "queries of a subset have the places of the first ones",
+        "window, place = window[queries], place[queries]",
+        "window = window[queries]; place = place[: len(window)]",
     ),
 )
 

@@ -25,6 +25,7 @@ REFUSALS = (
     "mask_padding=False lets padding be seen",
     "GeneralizedQuadraticAttention: has no fast path",
     "an ordinary module",
+    "the released code lets padding be seen",
 )
 
 

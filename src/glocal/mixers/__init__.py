@@ -6,9 +6,10 @@ from glocal.mixers.deformable_conv import DeformableConv as DeformableConv
 from glocal.mixers.depthwise_conv import DepthwiseConv as DepthwiseConv
 from glocal.mixers.dynamic_conv import DynamicConv as DynamicConv
 from glocal.mixers.dynamic_depthwise_conv import DynamicDepthwiseConv as DynamicDepthwiseConv
+from glocal.mixers.focal_attention import FocalAttention as FocalAttention
+from glocal.mixers.gate import Gate as Gate
 from glocal.mixers.gated_mixture import GatedMixture as GatedMixture
 from glocal.mixers.gated_positional_attention import GatedPositionalAttention as GatedPositionalAttention
-from glocal.mixers.generalized_quadratic_attention import (
 from glocal.mixers.halo_attention import HaloAttention as HaloAttention
 from glocal.mixers.inhomogeneous_depthwise_conv import InhomogeneousDepthwiseConv as InhomogeneousDepthwiseConv
 from glocal.mixers.involution import Involution as Involution
@@ -25,6 +26,7 @@ from glocal.mixers.outlook_attention import OutlookAttention as OutlookAttention
 from glocal.mixers.quadratic_attention import QuadraticAttention as QuadraticAttention
 from glocal.mixers.relative_attention import RelativeAttention as RelativeAttention
 from glocal.mixers.relative_position_attention import RelativePositionAttention as RelativePositionAttention
+from glocal.mixers.released_focal_attention import ReleasedFocalAttention as ReleasedFocalAttention
 from glocal.mixers.self_attention import SelfAttention as SelfAttention
 from glocal.mixers.token_mlp import TokenMLP as TokenMLP
 from glocal.mixers.window_attention import WindowAttention as WindowAttention
