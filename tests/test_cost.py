@@ -20,9 +20,14 @@ BY_HAND = {
     "DeformableConv(stride=2, groups=32, modulated=False)": 3 * 4 * 9 * (4 * C + C + 18 * C),
     "DepthwiseConv(kernel_size=5)": N * 25 * C,
     "DynamicDepthwiseConv(kernel_size=3, reduction=4)": N * 9 * C + C * 8 + 8 * 9 * C,
+    "FocalAttention(window_size=2, expand_size=1, focal_window=3)": (  # 12 windows, 4 + 12 + 9 slots
+        2 * N * C * C + 2 * (N + 12) * C * C + 2 * 12 * 4 * C + 2 * N * 25 * C
+    ),
+    "Gate": N * C * C,
     "InhomogeneousDepthwiseConv(kernel_size=3, num_groups=8, reduction=4)": N * (9 * C + C * 8 + 8 * 8 * 9),
     "Involution(kernel_size=3, group_channels=8, stride=2)": 3 * 4 * (9 * C + C * 8 + 8 * 4 * 9),
     "LinearTokenMixing(grid_size=(6, 8))": N * N * C,
+    "LargeKernelConv(kernel_size=13, small_kernel=3)": N * (169 + 9) * C,
     "LocalMLP(window_size=2, num_heads=4)": N * 4 * C + 2 * N * C * C,
     "LocalMLP(window_size=2, num_heads=4, projection=False)": N * 4 * C,
     "MaxPooling(kernel_size=3)": 0,
@@ -30,8 +35,12 @@ BY_HAND = {
     "NeighborhoodAttention(kernel_size=3)": 4 * N * C * C + 2 * N * 9 * C,
     "RelativeAttention(grid_size=(6, 8))": 4 * N * C * C + 2 * N * N * C,
     "RelativeAttention(grid_size=(6, 8), after_softmax=True)": 4 * N * C * C + 2 * N * N * C,
+    "ReleasedFocalAttention(window_size=4, expand_size=1, focal_window=3)": (  # 4 windows, 16 + 28 + 9 slots
+        2 * N * C * C + 2 * (64 + 4) * C * C + 2 * 4 * 16 * C + 2 * N * 53 * C
+    ),
     "SelfAttention(num_heads=2)": 4 * N * C * C + 2 * N * N * C,
     "SelfAttention(num_heads=2, out_dim=64)": N * (C * 3 * 64 + 64 * 64) + 2 * N * N * 64,
+    "TokenMLP(grid_size=(7, 9), mlp_ratio=2)": 2 * N * 64 * C,
     "WindowAttention(window_size=2, shift_size=1)": 4 * N * C * C + 2 * N * 4 * C,
 }
 

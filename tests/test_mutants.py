@@ -106,6 +106,8 @@ def test_queries_of_a_call_for_some_queries():
 @pytest.mark.parametrize("spec", contract.examples())
 def test_a_subset_of_the_queries_keeps_their_places(spec):
     mixer = glocal.build(spec, 32).eval()
+    if isinstance(mixer, glocal.TokenModule):
+        return  # no weights
     x, queries = torch.randn(2, *(9, 8)[: mixer.rank or 2], 32), torch.tensor([6, 1, 3, 1])
     some, every = mixer.weights(x, queries=queries), mixer.weights(x)
     torch.testing.assert_close(some.query_positions, every.query_positions[queries])

@@ -220,6 +220,12 @@ def test_a_double_entry_of_the_ring_has_no_gradient(build, tokens):
     assert (~used).sum() == 12
 
 
+def test_cost():
+    """117 tokens, 6 windows of 25 places, 25 + 24 + 9 slots; pooling for keys and for values."""
+    mixer = glocal.build(spec_of(5, 1, 3), DIM)
+    assert mixer.macs((9, 13)) == 2 * 117 * 16 + 2 * (117 + 6) * 16 + 2 * 6 * 25 * 4 + 2 * 117 * 58 * 4
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

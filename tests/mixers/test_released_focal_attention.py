@@ -94,6 +94,36 @@ def test_without_biases_of_q_k_and_v(build, check, tokens):
     check(mixer, by_rolling(mixer, 3, 1, 3), tokens(2, 7, 5, DIM))
 
 
+@pytest.mark.parametrize(("length", "window", "expand", "focal"), [(13, 4, 2, 3), (10, 5, 1, 1), (3, 4, 2, 3)])
+def test_a_sequence_is_the_loop_by_the_same_rules(build, check, tokens, length, window, expand, focal):
+    mixer = build(spec_of(window, expand, focal, rank=1), DIM)
+    ends = [*range(window, window + expand), *range(-expand, 0)]  # moved to the end, then to the start
+
+    def oracle(x):
+        whole = F.pad(x, (0, 0, 0, -length % window))
+        count = whole.shape[1] // window
+        qkv = mixer.qkv(whole).unflatten(-1, (3, HEADS, -1))
+        pooled = torch.einsum("bwpc,p->bwc", whole.unflatten(1, (count, window)), mixer.pool_layers[0].weight[0])
+        of_pooled = mixer.qkv(pooled + mixer.pool_layers[0].bias).unflatten(-1, (3, HEADS, -1))
+        of_pooled = F.pad(of_pooled, (0, 0, 0, 0, 0, 0, focal // 2, focal // 2))  # zeros, not biases
+        rows = []
+        for i in range(length):
+            home, place = divmod(i, window)
+            near = [home * window + p for p in range(window)] + [(home * window + p) % (count * window) for p in ends]
+            seen = torch.cat([qkv[:, near], of_pooled[:, home : home + focal]], 1)
+            bias = [mixer.relative_position_bias_table[place - p + window - 1] for p in range(window)]
+            bias += mixer.relative_position_bias_table_to_neighbors[0, :, place].T.unbind(0)
+            for slot in range(focal):
+                inside = 0 <= home + slot - focal // 2 < count
+                row = mixer.relative_position_bias_table_to_windows[0][:, place - slot + focal - 1]
+                bias.append(row if inside else row - 100)
+            scores = (qkv[:, None, i, 0] * seen[:, :, 1]).sum(-1) / (DIM // HEADS) ** 0.5 + torch.stack(bias)
+            rows.append((scores.softmax(1)[..., None] * seen[:, :, 2]).sum(1).flatten(1))
+        return mixer.proj(torch.stack(rows, 1))
+
+    check(mixer, oracle, tokens(2, length, DIM))
+
+
 def test_the_mask_leaves_a_trace(build, check, tokens):
     """It is -100, not minus infinity: a bias of 100 lets a pooled window outside the grid dilute all others."""
     mixer = build(spec_of(2, 0, 3), DIM)
@@ -141,6 +171,12 @@ def test_padded_images_are_refused(build, tokens, impl):
         mixer(tokens(2, 4, 6, DIM), valid=valid)
     with pytest.raises(ValueError, match="use FocalAttention"):
         mixer.weights(tokens(2, 4, 6, DIM), valid=valid)
+
+
+def test_cost():
+    """117 tokens, 150 with the zero ones, in 6 windows of 25 places; 25 + 36 + 9 slots."""
+    mixer = glocal.build(spec_of(5, 1, 3), DIM)
+    assert mixer.macs((9, 13)) == 2 * 117 * 16 + 2 * (150 + 6) * 16 + 2 * 6 * 25 * 4 + 2 * 117 * 70 * 4
 
 
 def test_parameters_are_those_of_focal_attention():

@@ -22,19 +22,20 @@ class ReleasedFocalAttention(FocalWindows):
     value with a score of its bias - 100. A grid that is no multiple of the window is continued with zero tokens,
     which are pooled, and seen with the biases of k and v.
 
-    Weights: [B, heads, N, K], K = P + ring + focal_window^2 slots: own for each image, head and query; local but
+    Weights: [B, heads, N, K], K = P + ring + focal_window^rank slots: own for each image, head and query; local but
     for the wrap, with pooled sources in front of the grid's.
 
     Args:
         dim: channels C.
-        window_size: places along both axes.
+        window_size: places along all axes or each.
         expand_size: how deep the ring is; 0 for none, at most half the window.
         focal_window: pooled windows along each axis, odd; 0 for none.
         num_heads, head_dim: one of them; head_dim 32 where neither is given.
         qkv_bias: whether q, k and v have biases.
+        rank: 2 for images, 1 for sequences.
 
     Shape:
-        x [B, H, W, C] -> [B, H, W, C]; parameters as `FocalAttention`. The released block holds `pool_layers`, its
+        x [B, *S, C] -> [B, *S, C], any S; parameters as `FocalAttention`. The released block holds `pool_layers`, its
         attention all others.
 
     Cost: 2*N*C^2 + 2*(M + W)*C^2 + 2*W*P*C + 2*N*K*C multiply-adds, M tokens with the zero ones, W windows.
@@ -45,28 +46,30 @@ class ReleasedFocalAttention(FocalWindows):
     Source: Yang et al., Focal Self-attention for Local-Global Interactions in Vision Transformers, NeurIPS 2021,
     arXiv 2107.00641; microsoft/Focal-Transformer, classification/focal_transformer.py, pool_method "fc",
     focal_level 2.
-    Differs from the released code: nothing at grids longer than the window. There a grid whose shorter side is not
-    longer than the window has no ring, and a window cut to that side: build it so, with expand_size=0. It projects
-    queries of pooled windows that nobody reads. Only the table of the window and the pooling have its initial
-    values, zeros and a normal deviate of 0.02.
+    Differs from the released code: nothing at images larger than the window. There an image whose shorter side is
+    not longer than the window has no ring, and a window cut to that side: build it so, with expand_size=0. It has
+    square windows and no sequences, and projects queries of pooled windows, which nobody reads. Only the table of
+    the window and the pooling start as there, at zero and with a normal deviate of 0.02.
     """
 
     examples = (
         "ReleasedFocalAttention(window_size=4, expand_size=2, focal_window=3, num_heads=4)",
         "ReleasedFocalAttention(window_size=5, expand_size=1, focal_window=5, num_heads=2, qkv_bias=False)",
         "ReleasedFocalAttention(window_size=7, expand_size=0, focal_window=1, num_heads=4)",
+        "ReleasedFocalAttention(window_size=4, expand_size=1, focal_window=3, num_heads=4, rank=1)",
     )
 
     def __init__(
         self,
         dim: int,
         *,
-        window_size: int = 7,
+        window_size: int | Sequence[int] = 7,
         expand_size: int = 3,
         focal_window: int = 7,
         num_heads: int | None = None,
         head_dim: int | None = None,
         qkv_bias: bool = True,
+        rank: int = 2,
     ) -> None:
         super().__init__(
             dim,
@@ -76,7 +79,7 @@ class ReleasedFocalAttention(FocalWindows):
             num_heads=num_heads,
             head_dim=head_dim,
             qkv_bias=qkv_bias,
-            rank=2,
+            rank=rank,
             ring_once=False,
         )
         nn.init.zeros_(self.relative_position_bias_table)
