@@ -10,9 +10,7 @@ from glocal.mixers.focal_attention import FocalAttention as FocalAttention
 from glocal.mixers.gate import Gate as Gate
 from glocal.mixers.gated_mixture import GatedMixture as GatedMixture
 from glocal.mixers.gated_positional_attention import GatedPositionalAttention as GatedPositionalAttention
-from glocal.mixers.generalized_quadratic_attention import (
-    GeneralizedQuadraticAttention as GeneralizedQuadraticAttention,
-)
+from glocal.mixers.generalized_quadratic_attention import GeneralizedQuadraticAttention as GeneralizedQuadraticAttention
 from glocal.mixers.halo_attention import HaloAttention as HaloAttention
 from glocal.mixers.inhomogeneous_depthwise_conv import InhomogeneousDepthwiseConv as InhomogeneousDepthwiseConv
 from glocal.mixers.involution import Involution as Involution
