@@ -42,17 +42,21 @@ class BatchNorm(nn.BatchNorm1d):
             variance = ((wide - mean).square() * real).sum(axes) / total
             unbiased = variance.detach() * total / (total - 1).clamp(min=1)
         if update:
-            with torch.no_grad():
-                assert self.num_batches_tracked is not None
-                self.num_batches_tracked.add_(1)
-                # no momentum: the plain average of all batches so far
-                share = 1 / self.num_batches_tracked if self.momentum is None else torch.tensor(self.momentum)
-                share = share.to(self.running_mean)
-                if valid is not None:  # one value has no variance to learn from
-                    share = share * (count > 1)
-                self.running_mean.lerp_(mean.detach().to(self.running_mean), share)
-                self.running_var.lerp_(unbiased.to(self.running_var), share)
+            self.move(mean, unbiased, None if valid is None else count > 1)
         return self._normalise(x, mean, variance)
+
+    @torch.no_grad()
+    def move(self, mean: Tensor, unbiased: Tensor, some: Tensor | bool | None) -> None:
+        """Moves the running statistics towards those of a call; not where `some` is False."""
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        # no momentum: the plain average of all batches so far
+        share = 1 / self.num_batches_tracked if self.momentum is None else torch.tensor(self.momentum)
+        share = share.to(self.running_mean)
+        if some is not None:  # one value has no variance to learn from
+            share = share * some
+        self.running_mean.lerp_(mean.detach().to(self.running_mean), share)
+        self.running_var.lerp_(unbiased.to(self.running_var), share)
 
     def _normalise(self, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         scale = self.weight * (variance + self.eps).rsqrt()
