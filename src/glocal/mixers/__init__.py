@@ -17,6 +17,9 @@ from glocal.mixers.involution import Involution as Involution
 from glocal.mixers.large_kernel_conv import LargeKernelConv as LargeKernelConv
 from glocal.mixers.learned_relative_attention import LearnedRelativeAttention as LearnedRelativeAttention
 from glocal.mixers.linear_attention import LinearAttention as LinearAttention
+from glocal.mixers.linear_spatial_reduction_attention import (
+    LinearSpatialReductionAttention as LinearSpatialReductionAttention,
+)
 from glocal.mixers.linear_token_mixing import LinearTokenMixing as LinearTokenMixing
 from glocal.mixers.local_mlp import LocalMLP as LocalMLP
 from glocal.mixers.max_pooling import MaxPooling as MaxPooling
@@ -29,5 +32,6 @@ from glocal.mixers.relative_attention import RelativeAttention as RelativeAttent
 from glocal.mixers.relative_position_attention import RelativePositionAttention as RelativePositionAttention
 from glocal.mixers.released_focal_attention import ReleasedFocalAttention as ReleasedFocalAttention
 from glocal.mixers.self_attention import SelfAttention as SelfAttention
+from glocal.mixers.spatial_reduction_attention import SpatialReductionAttention as SpatialReductionAttention
 from glocal.mixers.token_mlp import TokenMLP as TokenMLP
 from glocal.mixers.window_attention import WindowAttention as WindowAttention
