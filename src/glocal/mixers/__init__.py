@@ -22,6 +22,7 @@ from glocal.mixers.linear_spatial_reduction_attention import (
 )
 from glocal.mixers.linear_token_mixing import LinearTokenMixing as LinearTokenMixing
 from glocal.mixers.local_mlp import LocalMLP as LocalMLP
+from glocal.mixers.locally_enhanced_attention import LocallyEnhancedAttention as LocallyEnhancedAttention
 from glocal.mixers.max_pooling import MaxPooling as MaxPooling
 from glocal.mixers.multi_scale_attention import MultiScaleAttention as MultiScaleAttention
 from glocal.mixers.multi_scale_conv import MultiScaleConv as MultiScaleConv

@@ -1,0 +1,125 @@
+"""Similarity maps of tokens with relative positions, by chunks of queries, and their sums without forming them.
+
+A table's entry offset + length - 1 belongs to that offset. Shape letters: B images (1: all share it), G groups,
+N tokens, R rows, T tokens of a row, L entries of a table, C channels.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+ENTRIES = 2**22  # of a map that are formed at once: 16 MiB in float32
+BLOCK = 64  # keys at least that are multiplied together
+
+
+def in_chunks(rows: Callable[[int, int], Tensor], count: int, width: int) -> Tensor:
+    """rows(start, end) for all of `count` queries, joined on axis 2; each has `width` entries of a map.
+
+    Above ENTRIES in all, only a chunk's maps are held at a time, in the backward pass too: it forms them anew.
+    A program that is compiled or exported has one chunk, since their number would depend on sizes.
+    """
+    if torch.compiler.is_compiling() or count * width <= ENTRIES:
+        return rows(0, count)
+    size = max(1, ENTRIES // width)
+    chunks = [(start, min(start + size, count)) for start in range(0, count, size)]
+    if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return torch.cat([rows(*chunk) for chunk in chunks], 2)
+    return torch.cat([checkpoint(rows, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks], 2)
+
+
+def resized(table: Tensor, length: int, within: int) -> Tensor:
+    """[L, C] resized linearly to 2 * length - 1 entries, in the middle of 2 * within - 1.
+
+    As torch.nn.functional.interpolate does, but places are whole numbers: in float32 those in a long table are rounded
+    by more than anything else here.
+    """
+    length = max(length, 1)
+    old, new = table.shape[0], 2 * length - 1
+    place = ((2 * torch.arange(new, device=table.device) + 1) * old - new).clamp(min=0)  # in 1 / (2 * new)
+    low = place // (2 * new)
+    share = (place - low * 2 * new).to(torch.promote_types(table.dtype, torch.float32)) / (2 * new)
+    table = table[low].lerp(table[(low + 1).clamp(max=old - 1)], share.to(table.dtype)[:, None])
+    more = within - length  # offsets that only padding has: any entry will do
+    return nn.functional.pad(table, (0, 0, more, more))
+
+
+# Offsets in a sequence: rows are in reverse order, so that row r reads entries r, r + 1, ... of a table.
+
+
+def banded(rows: Tensor, table: Tensor, width: int) -> Tensor:
+    """rows[r] . table[r + t]: [..., R, C] by [..., R + width - 1, C] -> [..., R, width]."""
+    count, length = rows.shape[-2], table.shape[-2]
+    products = (rows @ table.mT).flatten(-2)
+    # with rows one entry longer, each begins one entry further on
+    return nn.functional.pad(products, (0, count)).unflatten(-1, (count, length + 1))[..., :width]
+
+
+def banded_columns(rows: Tensor, table: Tensor, width: int) -> Tensor:
+    """`banded` transposed, [..., width, R], for many rows and a small width: not all products are formed."""
+    count = rows.shape[-2]
+    if torch.compiler.is_compiling() or count <= width:
+        return banded(rows, table, width).mT
+    size = max(width, BLOCK)
+    blocks = [
+        banded(rows[..., start : start + size, :], table[..., start : min(start + size, count) + width - 1, :], width)
+        for start in range(0, count, size)
+    ]
+    return torch.cat([block.mT for block in blocks], -1)
+
+
+def spread(weights: Tensor) -> Tensor:
+    """What `banded` reads, written back: [..., R, T] -> [..., R, R + T - 1], entry t of row r at r + t."""
+    count, width = weights.shape[-2:]
+    wide = nn.functional.pad(weights, (0, count)).flatten(-2)
+    return wide[..., : count * (count + width - 1)].unflatten(-1, (count, count + width - 1))
+
+
+# Sums of a map's entries and of their squares, [G] each, in float64: the difference of large sums is a variance.
+
+
+def content_sums(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Of q_i . k_j, [B, G, N, C] each; rows of zeros do not count."""
+    q, k = q.double(), k.double()
+    squares = torch.einsum("bgnc,bgnd->bgcd", q, q) * torch.einsum("bgnc,bgnd->bgcd", k, k)
+    return (q.sum(2) * k.sum(2)).sum((0, 2)), squares.sum((0, 2, 3))
+
+
+def sequence_sums(rows: Tensor, table: Tensor, length: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Of rows_i . table[i - j + N - 1], [B, G, N, C] by [B, 2N - 1, C], for all i, j < length [B] (None: N).
+
+    Those of rows_j . table[j - i + N - 1] are the same. Memory: N * C^2 numbers.
+    """
+    rows, table = rows.double(), table.double()
+    count = rows.shape[2]
+    outer = (table[..., None] * table[..., None, :]).flatten(2)
+    both = torch.cat([table, outer], 2).cumsum(1)
+    both = nn.functional.pad(both, (0, 0, 1, 0))  # entry e: the sum of those before e
+    end = both[:, count:]
+    if length is None:
+        start = both[:, :count]
+    else:
+        first = torch.arange(count, device=rows.device) + count - length[:, None]
+        start = both.gather(1, first[..., None].expand(-1, -1, both.shape[2]))
+    sums, squares = (end - start).split([table.shape[2], outer.shape[2]], 2)
+    squares = squares.unflatten(2, (table.shape[2], -1))
+    if length is None:
+        total = torch.einsum("bgnc,nc->g", rows, sums[0])
+        return total, torch.einsum("bgnc,ncd,bgnd->g", rows, squares[0], rows)
+    total = torch.einsum("bgnc,bnc->g", rows, sums)
+    return total, torch.einsum("bgnc,bncd,bgnd->g", rows, squares, rows)
+
+
+def axial_sums(height: Tensor, width: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Of height_i[row of j] + width_i[column of j], [B, G, N, H] and [B, G, N, W]; real [B, H, W] (None: all)."""
+    height, width = height.double(), width.double()
+    rows, columns = height.shape[3], width.shape[3]
+    if real is not None:
+        in_row, in_column = real.any(2).double()[:, None, None], real.any(1).double()[:, None, None]
+        mine = real.flatten(1)[:, None, :, None].double()
+        height, width = height * in_row * mine, width * in_column * mine
+        rows, columns = in_row.sum(-1), in_column.sum(-1)
+    h, w = height.sum(-1), width.sum(-1)
+    squares = columns * height.square().sum(-1) + 2 * h * w + rows * width.square().sum(-1)
+    return (columns * h + rows * w).sum((0, 2)), squares.sum((0, 2))
