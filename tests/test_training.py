@@ -21,7 +21,7 @@ from glocal.checkpoint import CheckpointError
 from glocal.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from glocal.data import ImageData
 from glocal.data.splits import fold, fraction, hold_out
-from glocal.runs import images_of
+from glocal.runs import identity, images_of
 
 
 @pytest.fixture(autouse=True)
@@ -461,6 +461,20 @@ def test_which_images_a_run_sees():
     assert equal(of(validation=True), hold_out(data))
     assert equal(of(fraction=0.5, folds=4, fold=1, validation=True), hold_out(fraction(fold(data, 1, 4), 0.5, 3)))
     assert of(in_chans=3, img_size=(10, 12)).train_images.shape == (64, 3, 10, 12)
+
+
+def test_what_images_are():
+    data = easy()
+    name = identity(data)
+    assert identity(dataclasses.replace(data, name="elsewhere", train_images=data.train_images.clone())) == name
+    others = [
+        dataclasses.replace(data, train_images=data.train_images + 1),
+        dataclasses.replace(data, train_labels=1 - data.train_labels),
+        dataclasses.replace(data, test_labels=1 - data.test_labels),
+        dataclasses.replace(data, classes=("left", "right")),
+        dataclasses.replace(data, val_images=data.test_images, val_labels=data.test_labels),
+    ]
+    assert len({name, *map(identity, others)}) == 6
 
 
 def test_fp16_needs_a_gpu():
