@@ -7,13 +7,15 @@ import pytest
 
 from glocal.report.connections import Connections, connections_chart
 
-FAULTS = (
-    ("lines start at the height of their output", "(left, height(i, inputs), right", "(left, height(o, inputs), right"),
-    ("negative weights are not drawn", "if abs(weight) > _EQUAL * largest:", "if weight > _EQUAL * largest:"),
-    ("every line is opaque", "(1 - _FAINTEST) * abs(weight) / largest", "(1 - _FAINTEST)"),
-    ("equal weights are told apart", "weight - different[-1] > _EQUAL * largest", "True"),
-    ("panels lie on each other", "left = i * (_SPAN", "left = 0 * (_SPAN"),
-)  # fmt: skip
+FAULTS = {
+    "report/connections.py": (
+        ("lines start beside their output", "(left, height(i, inputs), right", "(left, height(o, inputs), right"),
+        ("negative weights are not drawn", "if abs(weight) > _EQUAL * largest:", "if weight > _EQUAL * largest:"),
+        ("every line is opaque", "(1 - _FAINTEST) * abs(weight) / largest", "(1 - _FAINTEST)"),
+        ("equal weights are told apart", "weight - different[-1] > _EQUAL * largest", "True"),
+        ("panels lie on each other", "left = i * (_SPAN", "left = 0 * (_SPAN"),
+    ),
+}  # fmt: skip
 
 CONVOLUTION = [[2, 3, 0, 0], [-1, 2, 3, 0], [0, -1, 2, 3], [0, 0, -1, 2]]
 
