@@ -182,6 +182,24 @@ def test_features_of_very_negative_channels_are_small_and_not_zero(build, impl):
     assert_close(mixer.weights(x.double()).weights.sum(-1), torch.ones(1, HEADS, 5, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("impl", ["reference", "fast"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("pure", [False, True])
+def test_sums_over_many_tokens_do_not_overflow_float16(build, impl, causal, pure):
+    """Nor does autocast bring them back to it."""
+    mixer = build(spec_of(causal=causal), DIM).float()
+    mixer.impl = impl
+    with torch.no_grad():
+        mixer.qkv.weight.copy_(torch.eye(DIM).repeat(3, 1))
+        mixer.qkv.bias.zero_()
+        x = 8 * torch.rand(1, 2000, DIM)  # q k is about 64 * DIM / HEADS, 2000 times more than 65504
+        expected = mixer.double().reference(x.double())
+        mixer = mixer.half() if pure else mixer.float()
+        with torch.autocast("cpu", torch.float16, enabled=not pure):
+            found = mixer(x.half() if pure else x).double()
+    assert (found - expected).abs().max() < 0.01 * expected.abs().max()
+
+
 def test_the_fast_path_costs_less_than_the_weights(build):
     """Sixteen times the tokens, sixteen times the multiply-adds: it is linear."""
     from torch.utils.flop_counter import FlopCounterMode
