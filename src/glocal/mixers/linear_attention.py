@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -35,8 +36,8 @@ class LinearAttention(Attention):
         `pos_embed` and `source_pos_embed` are added for queries and keys only. `grid` takes class tokens in front.
         A query whose weights are all 0 (nothing valid; features that are all 0) gets 0 before the last projection.
 
-    Cost: N*C*3*out_dim + 2*N*M*out_dim + N*out_dim^2 multiply-adds in the definition. The fast path needs
-    2*N*out_dim*D in place of 2*N*M*out_dim; causal, CHUNK*N*out_dim more.
+    Cost: (N + 2*M)*C*out_dim + 2*N*M*out_dim + N*out_dim^2 multiply-adds in the definition. The fast path needs
+    (N + M)*out_dim*(D + 1) in place of 2*N*M*out_dim; causal, CHUNK*N*out_dim*(2 + 1 / D) more.
 
     Raises:
         ValueError: another feature map; heads that do not divide the channels; a source where there is an order.
@@ -84,7 +85,8 @@ class LinearAttention(Attention):
     ) -> Aggregation:
         q, k = self._features(x, source, valid, pos_embed, source_pos_embed)
         q = q if queries is None else q[:, queries]
-        products = torch.einsum("bngd,bmgd->bgnm", q, k)
+        with _as_given(x.device):
+            products = torch.einsum("bngd,bmgd->bgnm", q, k)
         if self.causal:
             order = torch.arange(k.shape[1], device=x.device)
             rows = order if queries is None else queries
@@ -106,12 +108,11 @@ class LinearAttention(Attention):
         pos_embed: Tensor | None = None,
         source_pos_embed: Tensor | None = None,
     ) -> Tensor:
-        # sums over all tokens: in float32 or wider
-        wide = torch.promote_types(values.dtype, torch.float32)
-        q, k = (t.to(wide) for t in self._features(x, source, valid, pos_embed, source_pos_embed))
+        q, k = self._features(x, source, valid, pos_embed, source_pos_embed)
         # a column of ones beside the values: its sum is what divides
-        v = torch.nn.functional.pad(values.to(wide), (0, 1), value=1.0)
-        both = _causal_sum(q, k, v) if self.causal else torch.einsum("bngd,bgde->bnge", q, _states(k, v))
+        v = torch.nn.functional.pad(values.to(k.dtype), (0, 1), value=1.0)
+        with _as_given(x.device):
+            both = _causal_sum(q, k, v) if self.causal else torch.einsum("bngd,bgde->bnge", q, _states(k, v))
         mixed = both[..., :-1] / _or_one(both[..., -1:])
         return self.proj(mixed.flatten(2).to(values.dtype))
 
@@ -127,7 +128,10 @@ class LinearAttention(Attention):
         pos_embed: Tensor | None,
         source_pos_embed: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """f(q) [B, N, G, D] and f(k) [B, M, G, D], which is 0 where not valid."""
+        """f(q) [B, N, G, D] and f(k) [B, M, G, D], which is 0 where not valid; in float32 or wider.
+
+        Sums of them over all tokens would overflow float16.
+        """
         if self.causal and source is not None:
             raise ValueError("LinearAttention: source was given, causal=True; an order holds within one sequence only")
         if source is None:
@@ -137,10 +141,18 @@ class LinearAttention(Attention):
         return q, k if valid is None else k.masked_fill(~valid.flatten(1)[..., None, None], 0)
 
     def _feature(self, t: Tensor) -> Tensor:
+        t = t.to(torch.promote_types(t.dtype, torch.float32))
         if self.feature_map == "relu":
             return t.relu()
         # not elu(t) + 1, which rounds to 0 from t = -17 on in float32, and all of a row with it
         return torch.where(t > 0, t + 1, t.clamp(max=0).exp())
+
+
+def _as_given(device: torch.device) -> AbstractContextManager[object]:
+    """Products in the dtype of their factors, not in that of autocast."""
+    if not torch.amp.is_autocast_available(device.type):  # meta tensors
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _or_one(sums: Tensor) -> Tensor:
