@@ -12,9 +12,10 @@ FAULTS = (
     ("weights are not held still", "operator.weights(x) if isinstance(operator, TokenMixer) else None", "None"),
     ("the second image is the first", "_rows_of(call, x[b : b + 1])", "_rows_of(call, x[:1])"),
     ("the second image has the weights of the first", "_held(operator, held, b)", "_held(operator, held, 0)"),
-    ("borders count", "if step == 1 and bool(inside.any()):", "if False:"),
+    ("borders count", "if bool(both.any()):", "if False:"),
     ("sources move as many steps as outputs, whatever the stride", "move = step * stride", "move = step"),
-    ("windows are not looked for", "for p in range(1, out_grid[axis])", "for p in range(1, 2)"),
+    ("windows are not looked for", "out_grid[axis] // 2 + 1", "2"),
+    ("channels that only P adds are a group", "[: min(found.shape[2], found.shape[4])]", ""),
     ("products of blocks are not compared", "(y @ z - z @ y).abs().max()", "(y @ z - y @ z).abs().max()"),
     ("blocks are compared as they are, with P in them", "y, z = y @ back, z @ back", "y, z = y, z"),
     ("one axis decides what is far", "whole &= last", "whole |= last"),
@@ -132,6 +133,37 @@ class Gate(nn.Module):
 )
 def test_modules_of_torch_connect_as_they_are_known_to(module, grid, expected):
     assert found_of(module, grid=grid, dim=5) == expected
+
+
+def after(inner, layer):
+    """`layer` on the channels of what an operator gives."""
+    return nn.Sequential(inner, layer)
+
+
+@pytest.mark.parametrize(
+    ("module", "grid", "expected"),
+    [  # more channels out than in: as many weights as before
+        (
+            after(glocal.build("DepthwiseConv(kernel_size=3)", 4), nn.Linear(4, 8)),
+            (5, 6),
+            ("local", "separable", "yes", "no", 4, "no"),
+        ),
+        (
+            after(glocal.build("AveragePooling(kernel_size=3)", 4), nn.Linear(4, 8)),
+            (5, 6),
+            ("local", "separable", "yes", "all", 1, "no"),
+        ),
+        (glocal.build("DepthwiseConv(kernel_size=3)", 4), (1, 6), ("local", "separable", "yes", "no", 4, "no")),
+        # too short to see a window repeat
+        (
+            glocal.build("LocalMLP(window_size=5, num_heads=2, rank=1)", 4),
+            (6,),
+            ("local", "separable", "no", "groups", 2, "no"),
+        ),
+    ],
+)
+def test_grids_and_channels_of_other_shapes(module, grid, expected):
+    assert found_of(module, grid=grid, dim=4) == expected
 
 
 class Axes(nn.Module):

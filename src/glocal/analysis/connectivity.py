@@ -32,8 +32,8 @@ class Connectivity:
             at most half of all positions, but far ones too; "global".
         reads: the most positions that one output reads, of
         num_positions: M.
-        channels: "separable" if every block of the Jacobian is P diag(a_ij) V with one P and one V of at most C
-            inner channels; else "dense".
+        channels: "separable" if every block of the Jacobian is P diag(a_ij) V with one P and one V of no more
+            inner channels than C or E; else "dense".
         shared_over_positions: "yes" if the weights depend on the offset alone (away from borders), "periodically"
             if they repeat at some step along each axis, as windows do, or "no".
         shared_over_channels: "all" channels have the same weights, "groups" of them do (heads), or "no" two.
@@ -85,7 +85,8 @@ def connectivity(operator: nn.Module, grid: Sequence[int] | None = None, *, dim:
         operator: any module with the call [B, *S, C] -> [B, *S', C'], images independent of each other in
             evaluation. It is not changed: a copy is measured, in float64, with noise on its parameters, so that
             nothing is equal or zero only because it starts so.
-        grid: S; (8, 8) by default, (16,) for an operator of rank 1. Must be longer than a window to see its end.
+        grid: S; (8, 8) by default, (16,) for an operator of rank 1. Must be longer than a window to see its end, and
+            twice as long to see it repeat.
         dim: C; the operator's own `dim` by default.
 
     Cost: two Jacobians, of N*E forward and backward passes each; 2*N*E*M*C numbers (16 MiB at 8x8 and 16 channels).
@@ -248,6 +249,8 @@ def _groups(found: Tensor, *, itself: bool) -> int | None:
     if (y @ z - z @ y).abs().max() > SAME_EIGENVALUE * size:
         return None
     values = torch.linalg.eigvals(y)
+    # where more channels come out than go in, the others have eigenvalue 0
+    values = values[values.abs().argsort(descending=True)][: min(found.shape[2], found.shape[4])]
     near = (values[:, None] - values).abs() <= SAME_EIGENVALUE * values.abs().max()
     return int((~near.tril(-1).any(1)).sum())  # those that no earlier one equals
 
@@ -261,11 +264,15 @@ def _shared(
         return "no"
     e, c = found.shape[2], found.shape[4]
     blocks = found.permute(0, 1, 3, 2, 4).reshape(2, *out_grid, *grid, e, c)
-    inside = _interior(read.view(*out_grid, *grid), rank)
+    reads = read.sum(1).view(*out_grid)
+    inside = reads == reads.max()  # of the others, something is cut off at the border
     steps = []
     for axis in range(rank):
+        if grid[axis] == 1:
+            continue
         stride = round(grid[axis] / out_grid[axis])
-        step = next((p for p in range(1, out_grid[axis]) if _repeats(blocks, inside, rank, axis, p, stride)), None)
+        periods = range(1, out_grid[axis] // 2 + 1)  # a longer one would not be seen twice
+        step = next((p for p in periods if _repeats(blocks, inside, rank, axis, p, stride)), None)
         if step is None:
             return "no"
         steps.append(step)
@@ -280,18 +287,8 @@ def _repeats(blocks: Tensor, inside: Tensor, rank: int, axis: int, step: int, st
         return False
     ahead = blocks.narrow(1 + axis, step, n - step).narrow(to, move, m - move)
     here = blocks.narrow(1 + axis, 0, n - step).narrow(to, 0, m - move)
-    if step == 1 and bool(inside.any()):
+    if step == 1:
         both = inside.narrow(axis, 1, n - 1) & inside.narrow(axis, 0, n - 1)
         if bool(both.any()):  # an output at the border may be weighted otherwise
             ahead, here = (t.movedim(0, rank)[both] for t in (ahead, here))
     return bool((ahead - here).abs().max() <= SAME) and bool(here.abs().max() > SAME)
-
-
-def _interior(read: Tensor, rank: int) -> Tensor:
-    """[*S']: outputs that read nothing at the border of the grid, so that nothing of theirs is cut off."""
-    inside = torch.ones(read.shape[:rank], dtype=torch.bool)
-    for axis in range(rank):
-        at = read.movedim(rank + axis, 0)
-        for border in (at[0], at[-1]):
-            inside &= ~border.flatten(rank).any(-1) if rank > 1 else ~border
-    return inside

@@ -1,6 +1,7 @@
 """What is connected with what: inputs on the left, outputs on the right, a line for every weight that is not zero."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -68,7 +69,7 @@ def _panel(panel: Connections, left: float, middle: float) -> list[Markup]:
     for o, row in enumerate(panel.weights):
         for i, weight in enumerate(row):
             if abs(weight) > _EQUAL * largest:
-                look = next(series for value, series in looks if abs(value - weight) <= _EQUAL * largest)
+                _, look = looks[bisect_right(looks, weight, key=lambda look: look[0]) - 1]
                 line = Markup(
                     '<line class="s{}" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}" stroke-width="1.5" '
                     'stroke-opacity="{:.2f}"/>'
@@ -85,7 +86,7 @@ def _panel(panel: Connections, left: float, middle: float) -> list[Markup]:
 
 
 def _looks(weights: Sequence[float], largest: float) -> list[tuple[float, Series]]:
-    """A colour for each different weight, or one for all if there are too many."""
+    """A colour from each different weight on, in order; one for all if there are too many."""
     different: list[float] = []
     for weight in sorted(weights):
         if not different or weight - different[-1] > _EQUAL * largest:
