@@ -236,6 +236,23 @@ def test_parameters_of_an_encoder_layer_are_the_published_ones(dim, heads, ffn, 
     assert own + sum(p.numel() for p in rest.parameters()) == layer
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_librarys_mask_stays_finite_in_float16(build, monkeypatch, autocast):
+    """A row of -inf, of an image that is all padding, is NaN in some of its kernels."""
+    seen = []
+    library = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *a, **k: seen.append(k["attn_mask"]) or library(*a, **k)
+    )
+    mixer = build("MultiScaleAttention(num_heads=2, kernel_sizes=(3,), rank=1)", 8)
+    mixer = mixer.float() if autocast else mixer.half()
+    x = torch.randn(2, 5, 8, dtype=torch.float32 if autocast else torch.float16)
+    valid = torch.tensor([[True] * 5, [False] * 5])
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
+        assert mixer(x, valid=valid).isfinite().all()
+    assert len(seen) == 1 and seen[0].dtype == torch.float16 and seen[0].isfinite().all()
+
+
 def test_parameters():
     mixer = glocal.build("MultiScaleAttention(num_heads=4)", 64)
     assert {k: tuple(v.shape) for k, v in mixer.named_parameters()} == {

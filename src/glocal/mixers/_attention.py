@@ -63,8 +63,15 @@ def masked_softmax(scores: Tensor, seen: Tensor | None) -> Tensor:
     """Softmax over the last axis where `seen`; a row that sees nothing is all zero, never NaN."""
     if seen is None:
         return scores.softmax(-1)
-    # the lowest finite number, not -inf: a row of -inf would be NaN, forward and backward
-    return scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1) * seen
+    return masked(scores, seen).softmax(-1) * seen
+
+
+def masked(scores: Tensor, seen: Tensor) -> Tensor:
+    """Scores with the lowest finite number where not seen: a row of -inf would be NaN, forward and backward.
+
+    Not a sum with `mask_bias`, which in float16 may well be -inf.
+    """
+    return scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, causal: bool = False) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from glocal.aggregation import Aggregation
 from glocal.arguments import flag, per_axis, positive
-from glocal.mixers._attention import mask_bias, sdpa, sum_of
+from glocal.mixers._attention import masked, sdpa, sum_of
 from glocal.mixers._positional import (
     PositionalAttention,
     axis_offsets,
@@ -101,7 +101,7 @@ class LearnedRelativeAttention(PositionalAttention):
         q, k = self._queries_and_keys(x)
         bias = self._position(x, None).to(q.dtype)
         if valid is not None:
-            bias = bias + mask_bias(valid.flatten(1)[:, None, None], q.dtype)
+            bias = masked(bias, valid.flatten(1)[:, None, None])
         return self.project(sdpa(q, k, values.expand(-1, -1, self.num_heads, -1), bias=bias))
 
     def unsupported(self, x: Tensor, *, valid: Tensor | None = None) -> str | None:

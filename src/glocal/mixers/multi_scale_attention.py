@@ -105,10 +105,10 @@ class MultiScaleAttention(Attention):
         )
 
     def fast(self, x: Tensor, values: Tensor, *, valid: Tensor | None = None) -> Tensor:
-        v = values[:, :, : self.num_heads]
+        q, k, v = self.heads(x, 0), self.heads(x, 1), values[:, :, : self.num_heads]
         seen = self._seen(x, valid)
-        bias = None if seen is None or (valid is None and self.causal) else mask_bias(seen, x.dtype)
-        attention = sdpa(self.heads(x, 0), self.heads(x, 1), v, bias=bias, causal=self.causal and bias is None)
+        bias = None if seen is None or (valid is None and self.causal) else mask_bias(seen, q.dtype)
+        attention = sdpa(q, k, v, bias=bias, causal=self.causal and bias is None)
         if seen is not None and bias is not None:
             # a row that sees nothing is spread evenly over what it may not see; the definition says 0
             attention = torch.where(seen.any(-1)[:, 0, :, None], attention, 0)

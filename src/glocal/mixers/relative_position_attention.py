@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from glocal.aggregation import Aggregation
 from glocal.arguments import per_axis
-from glocal.mixers._attention import Attention, mask_bias, sdpa, sum_of, table_parameter
+from glocal.mixers._attention import Attention, masked, sdpa, sum_of, table_parameter
 from glocal.mixers._positional import axis_offsets, softmax_over_sources
 
 WAVELENGTH = 10000  # the longest sinusoid's, over 2 pi
@@ -76,7 +76,7 @@ class RelativePositionAttention(Attention):
     def scores(self, x: Tensor, *, queries: Tensor | None = None) -> dict[str, Tensor]:
         q, k = self.heads(x, 0), self.heads(x, 1)
         q = q if queries is None else q[:, queries]
-        content = torch.einsum("bngd,bmgd->bgnm", q + self.scale * self.r_w_bias, k)
+        content = torch.einsum("bngd,bmgd->bgnm", self._plus(q, self.r_w_bias), k)
         return {"content": content, "position": self._position(x, q, queries)}
 
     def weights(self, x: Tensor, *, valid: Tensor | None = None, queries: Tensor | None = None) -> Aggregation:
@@ -86,16 +86,20 @@ class RelativePositionAttention(Attention):
         q, k = self.heads(x, 0), self.heads(x, 1)
         bias = self._position(x, q, None)
         if valid is not None:
-            bias = bias + mask_bias(valid.flatten(1)[:, None, None], bias.dtype)
-        return self.proj(sdpa(q + self.scale * self.r_w_bias, k, values, bias=bias))
+            bias = masked(bias, valid.flatten(1)[:, None, None])
+        return self.proj(sdpa(self._plus(q, self.r_w_bias), k, values, bias=bias))
 
     def macs(self, grid: Sequence[int]) -> int:
         n, offsets = math.prod(grid), sum(2 * length - 1 for length in grid)
         return self._projection_macs(n) + 2 * n * n * self.dim + offsets * self.dim * (self.dim + n)
 
+    def _plus(self, q: Tensor, bias: Tensor) -> Tensor:
+        """Queries, which are scaled, with u or v; in their dtype, which under autocast is not that of u and v."""
+        return (q + self.scale * bias).to(q.dtype)
+
     def _position(self, x: Tensor, q: Tensor, queries: Tensor | None) -> Tensor:
         """[B, heads, N, M]: the scores of offsets, found for every query and axis and then laid out on the sources."""
-        grid, q = x.shape[1:-1], q + self.scale * self.r_r_bias
+        grid, q = x.shape[1:-1], self._plus(q, self.r_r_bias)
         scores = []
         for axis, n in enumerate(grid):
             known = torch.einsum("bngd,rgd->bgnr", q, self._embedded_offsets(x, axis))
