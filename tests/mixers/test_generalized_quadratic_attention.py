@@ -14,6 +14,11 @@ DIM = 4
 
 FAULTS = (
     (
+        "autocast rounds distances",
+        "(from_centre[..., None] * spread).sum(-2)",
+        "(from_centre.unsqueeze(-2) @ spread).squeeze(-2)",
+    ),
+    (
         "the precision is S^T S",
         "(from_centre[..., None] * spread).sum(-2)",
         "(from_centre[..., None, :] * spread).sum(-1)",
@@ -123,6 +128,22 @@ def test_padding_leaves_images_alone(build, tokens, extents):
         x, valid = 100 * tokens(1, *grid, DIM), torch.zeros(1, *grid, dtype=torch.bool)
         valid[inside] = True
         assert_close(mixer(x, valid=valid)[inside], mixer(x[inside]))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_does_not_round_distances(autocast):
+    """Where every source is far from the centre, scores are large and their differences small."""
+    mixer = glocal.build(spec_of(1), DIM)
+    with torch.no_grad():
+        mixer.attention_centers.fill_(30.25)
+        mixer.attention_spreads.copy_(torch.tensor([[0.3, 0.1], [-0.2, 0.4]]))
+        mixer = mixer if autocast else mixer.bfloat16()
+        exact = glocal.build(spec_of(1), DIM).double()
+        exact.load_state_dict(mixer.state_dict())
+        x = torch.randn(1, 9, 8, DIM)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = mixer.weights(x if autocast else x.bfloat16()).weights
+    assert_close(found.double(), exact.weights(x.double()).weights, rtol=1e-3, atol=1e-6)
 
 
 def test_has_no_fast_path_and_says_so(build, tokens):

@@ -29,6 +29,11 @@ FAULTS = (
     ("a query's row is read as its column", "math.prod(grid[axis + 1 :]) % n", "math.prod(grid[:axis]) % n"),
     ("both axes use the same channels", "(axis * share, self.dim - (axis + 1) * share)", "(0, self.dim - share)"),
     ("sines and cosines change places", "[angle.sin(), angle.cos()]", "[angle.cos(), angle.sin()]"),
+    (
+        "angles are in the dtype of the tokens",
+        "dtype = torch.promote_types(x.dtype, torch.float32)",
+        "dtype = x.dtype",
+    ),
     ("the sinusoids' offsets are off by one", ".to(dtype) + 1 - n", ".to(dtype) - n"),
     ("smaller grids read the table's start", "device=x.device) + size - n)", "device=x.device))"),
     ("the fast path sees padding", "bias = masked(", "masked("),
@@ -129,6 +134,17 @@ def test_scores_are_the_released_ones_of_earlier_tokens(build, tokens):
     found = mixer.scores(x)
     assert_close(found["content"][..., earlier], content[..., earlier] / SIZE**0.5)
     assert_close(found["position"][..., earlier], position[..., earlier] / SIZE**0.5)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_sinusoids_of_large_offsets_are_right_in_bfloat16(build, tokens, autocast):
+    mixer = build(spec_of(1), DIM)
+    x = torch.zeros(1, 400, DIM, dtype=torch.float64)  # what is left is v . W r
+    expected = mixer.scores(x)["position"]
+    mixer, x = (mixer.float(), x.float()) if autocast else (mixer.bfloat16(), x.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = mixer.scores(x)["position"].double()
+    assert (found - expected).abs().max() < 0.02 * expected.abs().max()
 
 
 @pytest.mark.parametrize("grid", [(3, 5), (6,)])

@@ -39,8 +39,9 @@ class DynamicConv(TokenMixer):
 
     Source: Wu et al., Pay Less Attention with Lightweight and Dynamic Convolutions, ICLR 2019, arXiv 1901.10430,
     sections 3 and 4.
-    Differs from the paper: no dropout on the taps (DropConnect); images too. The released code starts
-    `weight_linear` by Xavier's rule, this one as nn.Linear does, and it lets padding tokens into real ones.
+    Differs from the paper: no dropout on the taps (DropConnect); images too. The released code (fairseq) calls
+    `weight_linear` `conv.weight_linear` and starts `linear1` and `linear2` by Xavier's rule with biases at 0, this one
+    as nn.Linear does.
     """
 
     examples = (
