@@ -26,6 +26,7 @@ REFUSALS = (
     "GeneralizedQuadraticAttention: has no fast path",
     "an ordinary module",
     "the released code lets padding be seen",
+    "GatedMixture: a mixture before the softmax has its definition only",
 )
 
 

@@ -6,6 +6,8 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import glocal
+from glocal import contract
+from glocal.mixer import TokenMixer
 
 DIM = 8
 ATTENTION_AND_CONV = "GatedMixture(a=SelfAttention(num_heads=2), b=DepthwiseConv(kernel_size=3))"
@@ -53,6 +55,15 @@ FAULTS = (
         "self.a, self.b = copy.deepcopy(a), copy.deepcopy(b)",
         "self.a, self.b = a, b",
     ),
+    ("a weight rounded to zero masks", "queries, update_statistics, equal=True)", "queries, update_statistics)"),
+    ("values that make weights are taken out", "_reads(part, x) == {0, 1}", "True"),
+    ("what is frozen is learned again", ", requires_grad=parameter.requires_grad)", ")"),
+    (
+        "what was made for inference has no parameters",
+        "torch.inference_mode(False), torch.enable_grad()",
+        "torch.enable_grad()",
+    ),
+    ("queries are not those of the scores", "return scores if selected else scores[:, :, queries]", "return scores"),
 )
 
 
@@ -160,6 +171,39 @@ def test_before_the_softmax_scores_are_mixed(build, check, tokens):
     check(mixer, oracle, tokens(2, 3, 4, DIM), fast=False)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_score_may_outweigh_a_weight_that_is_rounded_to_zero(dtype):
+    """Two tables that pull to opposite sides, each so far that its own softmax is one-hot; together they cancel."""
+    table = "RelativeAttention(grid_size=(5,), num_heads=1)"
+    mixer = glocal.build(f"GatedMixture(a={table}, b={table}, before_softmax=True)", DIM).to(dtype).eval()
+    slope = torch.arange(9.0)
+    with torch.no_grad():
+        for part, sign in ((mixer.a, 1), (mixer.b, -1)):
+            part.relative_position_bias_table.copy_((sign * 400 * slope).view_as(part.relative_position_bias_table))
+            part.qkv.weight.zero_()
+            part.qkv.bias.zero_()
+    x = torch.randn(1, 5, DIM).to(dtype)
+    for part in (mixer.a, mixer.b):
+        assert (part.weights(x).weights == 0).any()
+    assert_close(mixer.weights(x).weights, torch.full((1, 1, 5, 5), 0.2, dtype=dtype))
+
+
+def test_before_the_softmax_one_causal_operator_makes_both_causal(build, tokens):
+    spec = "GatedMixture(a=SelfAttention(num_heads=2, causal=True), b=SelfAttention(num_heads=2), before_softmax={})"
+    for before_softmax in (False, True):
+        mixer = build(spec.format(before_softmax), DIM)
+        assert mixer.causal == before_softmax
+        assert (mixer.weights(tokens(1, 6, DIM)).dense().triu(1) == 0).all() == before_softmax
+
+
+def test_before_the_softmax_queries_are_rows(build, tokens):
+    """Of operators that do not take queries themselves as well."""
+    part = "DynamicConv(kernel_size=3, num_heads=2)"
+    mixer, x = build(f"GatedMixture(a={part}, b={part}, before_softmax=True)", DIM), tokens(2, 3, 4, DIM)
+    queries = torch.tensor([7, 0])
+    assert_close(mixer(x, queries=queries), mixer(x).flatten(1, 2)[:, queries])
+
+
 @pytest.mark.parametrize(
     ("a", "b", "sentence"),
     [
@@ -197,6 +241,90 @@ def test_every_parameter_is_used_and_the_callers_operators_stay_whole(build, tok
     assert set(mixer.state_dict()) == {name for name, _ in mixer.named_parameters()}
     assert torch.equal(a(x), before[0]) and torch.equal(b(x), before[1])
     assert_close(mixer.a.weights(x).dense(), a.weights(x).dense())
+
+
+PARTS = [spec for spec in contract.examples() if isinstance(glocal.build(spec, 32), TokenMixer)]
+
+
+@pytest.mark.parametrize("spec", PARTS)
+def test_every_operator_can_be_a_part(build, tokens, spec):
+    """With the gate shut the weights are its own, and every parameter that it keeps makes them."""
+    part = build(spec, 32)
+    x = tokens(2, *(7, 5)[: part.rank or 2], 32)
+    own = part.weights(x)
+    if 32 % own.num_groups:
+        with pytest.raises(ValueError, match="does not divide 32 channels"):
+            glocal.mixers.GatedMixture(32, a=part, b=part)
+        return
+    mixer = glocal.mixers.GatedMixture(32, a=part, b=part).double().eval()
+    if own.num_sources != x[0, ..., 0].numel():
+        with pytest.raises(ValueError, match="only operators that add no tokens"):
+            mixer(x)
+        return
+    with torch.no_grad():
+        mixer.gate.fill_(-1e3)
+    dense = own.dense()
+    assert torch.equal(mixer.weights(x).dense(), dense.expand_as(mixer.weights(x).dense()))
+    weights = mixer.a.weights(x).weights
+    if weights.requires_grad:
+        used = torch.autograd.grad(weights.sum(), list(mixer.a.parameters()), allow_unused=True)
+        assert None not in used
+    else:
+        assert not list(mixer.a.parameters())
+
+
+def test_values_that_make_weights_stay(build):
+    """MultiScaleAttention's kernels are made of its values."""
+    part = "MultiScaleAttention(num_heads=2, kernel_sizes=(3,))"
+    mixer = build(f"GatedMixture(a={part}, b=SelfAttention(num_heads=2))", DIM)
+    assert mixer.a.qkv.weight.shape == (3 * DIM, DIM) and mixer.b.qkv.weight.shape == (2 * DIM, DIM)
+
+
+def test_what_is_frozen_stays_frozen(build):
+    a, b = build("SelfAttention(num_heads=2)", DIM), build("DepthwiseConv(kernel_size=3)", DIM)
+    a.requires_grad_(False)
+    mixer = glocal.mixers.GatedMixture(DIM, a=a, b=b)
+    learned = {name for name, parameter in mixer.named_parameters() if parameter.requires_grad}
+    assert learned == {"gate", "b.weight", "v.weight", "v.bias", "proj.weight", "proj.bias"}
+    assert set(mixer.state_dict()) == {*learned, "a.qkv.weight", "a.qkv.bias"}
+
+
+@pytest.mark.parametrize("context", [torch.inference_mode(), torch.no_grad(), torch.device("meta")])
+@pytest.mark.parametrize("before_softmax", [False, True])
+def test_where_it_is_built_does_not_change_what_it_holds(context, before_softmax):
+    part = "NeighborhoodAttention(kernel_size=3, num_heads=2)"
+    spec = f"GatedMixture(a={part}, b={part}, before_softmax={before_softmax})"
+    expected = {name: tensor.shape for name, tensor in glocal.build(spec, DIM).state_dict().items()}
+    with context:
+        mixer = glocal.build(spec, DIM)
+    assert {name: tensor.shape for name, tensor in mixer.state_dict().items()} == expected
+
+
+class Aside(TokenMixer):
+    """Its weights are a softmax of its scores, but `weights` does not ask `scores` for them."""
+
+    def __init__(self, dim):
+        super().__init__(dim)
+
+    def values(self, source):
+        return source.flatten(1, -2).unsqueeze(2)
+
+    def scores(self, x):
+        tokens = x.flatten(1, -2)
+        return {"content": (tokens @ tokens.mT)[:, None]}
+
+    def weights(self, x):
+        tokens = x.flatten(1, -2)
+        grid = tuple(x.shape[1:-1])
+        places = glocal.aggregation.grid_positions(grid)
+        softmax = (tokens @ tokens.mT)[:, None].softmax(-1)
+        return glocal.Aggregation(softmax, None, tokens.shape[1], places, places, grid, grid)
+
+
+def test_weights_that_pass_their_scores_by_are_refused():
+    part = Aside(DIM)
+    with pytest.raises(ValueError, match="Aside does not make its weights from what its scores"):
+        glocal.mixers.GatedMixture(DIM, a=part, b=part, before_softmax=True)
 
 
 def test_statistics_move_once_in_training(build, tokens):
@@ -239,8 +367,10 @@ def test_what_does_not_go_together_is_refused(arguments, sentence):
 
 def test_what_does_not_fit_at_a_call_is_refused(tokens):
     x = tokens(1, 5, 6, DIM).float()
-    with pytest.raises(ValueError, match="give both the same stride"):
-        glocal.build("GatedMixture(a=AveragePooling(stride=2), b=SelfAttention(num_heads=2))", DIM)(x)
+    strides = glocal.build("GatedMixture(a=AveragePooling(stride=2), b=SelfAttention(num_heads=2))", DIM)
+    for call in (strides, strides.weights):
+        with pytest.raises(ValueError, match="give both the same stride"):
+            call(x)
     padded = "GatedMixture(a=WindowAttention(window_size=4, num_heads=2, mask_padding=False), b=AveragePooling())"
     with pytest.raises(ValueError, match="WindowAttention reads 64 sources, x has 30 tokens"):
         glocal.build(padded, DIM)(x)

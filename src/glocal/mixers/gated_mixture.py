@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,21 +28,22 @@ class GatedMixture(TokenMixer):
         dim: channels C.
         a, b: two token mixers of `dim` channels; copied, what the caller holds stays as it is. Only what makes
             their weights is used and learned: their own projections of values and outputs are not parameters of
-            the mixture (a joint `qkv` of ours keeps the rows of queries and keys; of a joint projection in an
-            operator of your own, the rows of values get gradients of zero).
+            the mixture (a joint `qkv` keeps the rows of queries and keys; of any other joint projection, as the
+            `kv` of HaloAttention, the rows of values get gradients of zero).
         before_softmax: mixes scores instead, A = softmax((1 - g) S_a + g S_b), for two softmaxes over the same
-            sources; a source to which either gives no weight at all stays out.
+            sources; a source that either masks stays out.
 
     Shape:
         x [B, *S, C] -> [B, *S_out, C], S_out that of both. `gate` [G], g = sigmoid(gate), 0 at the start;
         `v` and `proj` C -> C. Values and outputs are those of the mixture alone.
 
-    Cost: that of both operators' weights, 2*C^2 for each token and C for each query and slot; counted.
+    Cost: that of both operators' weights, 2*C^2 for each token and C for each query and slot; counted. Both
+    operators' weights are formed on either path: N*M of them for one that is dense.
 
     Raises:
         ValueError: no token mixers; operators that differ in channels, rank, output grid or sources; groups whose
-            common multiple does not divide the channels; before_softmax where one is not one softmax, or reads other
-            sources.
+            common multiple does not divide the channels; before_softmax where one is not one softmax of its `scores`,
+            or reads other sources.
 
     Source: the gate is that of d'Ascoli et al., ConViT, ICML 2021, arXiv 2103.10697, section 3, between any two
     operators; mixing before or after the softmax: Dai et al., CoAtNet, NeurIPS 2021, arXiv 2106.04803, section 2.1.
@@ -52,6 +54,8 @@ class GatedMixture(TokenMixer):
         "GatedMixture(a=SelfAttention(num_heads=4), b=DepthwiseConv(kernel_size=3))",
         "GatedMixture(a=DynamicDepthwiseConv(kernel_size=3), b=AveragePooling())",
         "GatedMixture(a=RelativeAttention(grid_size=(16,), num_heads=2), b=SelfAttention(num_heads=4, causal=True))",
+        "GatedMixture(a=NeighborhoodAttention(kernel_size=3, num_heads=4), "
+        "b=NeighborhoodAttention(kernel_size=3, num_heads=2, position_bias=False), before_softmax=True)",
     )
 
     def __init__(self, dim: int, *, a: nn.Module, b: nn.Module, before_softmax: bool = False) -> None:
@@ -66,7 +70,8 @@ class GatedMixture(TokenMixer):
         super().__init__(dim, rank=b.rank if a.rank is None else a.rank)
         self.a, self.b = copy.deepcopy(a), copy.deepcopy(b)
         self.before_softmax = flag("before_softmax", before_softmax)
-        self.causal = bool(getattr(a, "causal", False) and getattr(b, "causal", False))
+        causal = [bool(getattr(part, "causal", False)) for part in (a, b)]
+        self.causal = any(causal) if before_softmax else all(causal)
         groups = [_keep_weights_only(part, (1,) * (self.rank or 1)) for part in (self.a, self.b)]
         self._groups = math.lcm(*groups)
         if dim % self._groups:
@@ -91,13 +96,16 @@ class GatedMixture(TokenMixer):
         queries: Tensor | None = None,
         update_statistics: bool = False,
     ) -> Aggregation:
+        self.out_grid(x.shape[1:-1])  # refuses two strides
         gate = self.gate.sigmoid()[:, None, None]
-        a, b = (self._of(part, x, valid, queries, update_statistics) for part in (self.a, self.b))
-        a, b = self._repeated(a), self._repeated(b)
+        parts = (self.a, self.b)
         if self.before_softmax:
-            of_a, of_b = (self._scores_of(part, x, valid, queries) for part in (self.a, self.b))
+            # not from their weights: one that is rounded to zero is no mask, and the other's score may outweigh it
+            a, b = (self._repeated(self._of(part, x, valid, queries, update_statistics, equal=True)) for part in parts)
+            of_a, of_b = (self._scores_of(part, x, valid, queries) for part in parts)
             seen = (a.weights != 0) & (b.weights != 0)
             return replace(a, weights=masked_softmax((1 - gate) * of_a + gate * of_b, seen))
+        a, b = (self._repeated(self._of(part, x, valid, queries, update_statistics)) for part in parts)
         shares = [(1 - gate) * a.weights, gate * b.weights]
         if a.index is None and b.index is None:
             return replace(a, weights=shares[0] + shares[1])
@@ -132,11 +140,18 @@ class GatedMixture(TokenMixer):
         return of_a
 
     def _of(
-        self, part: TokenMixer, x: Tensor, valid: Tensor | None, queries: Tensor | None, update: bool
+        self,
+        part: TokenMixer,
+        x: Tensor,
+        valid: Tensor | None,
+        queries: Tensor | None,
+        update: bool,
+        *,
+        equal: bool = False,
     ) -> Aggregation:
-        """An operator's own weights."""
+        """An operator's own weights, or those it would have if all scores were equal."""
         bound, call = part._bind(x, given(valid=valid, queries=queries))
-        found = part._aggregation(bound, call, update=update)
+        found = TokenMixer._aggregation(_Equal(part) if equal else part, bound, call, update=update)  # type: ignore
         tokens = math.prod(x.shape[1:-1])
         if found.num_sources != tokens:
             raise ValueError(
@@ -152,7 +167,9 @@ class GatedMixture(TokenMixer):
 
     def _scores_of(self, part: TokenMixer, x: Tensor, valid: Tensor | None, queries: Tensor | None) -> Tensor:
         bound, call = part._bind(x, given(valid=valid, queries=queries))
-        return _repeat(sum_of(part._scores(bound, **part._only("_scores", call))), self._groups)
+        scores = _repeat(sum_of(part._scores(bound, **part._only("_scores", call))), self._groups)
+        selected = queries is None or "queries" in part._takes["_scores"] or scores.shape[2] == 1
+        return scores if selected else scores[:, :, queries]
 
     def _refuse_before_softmax(self) -> None:
         """On a grid large enough to tell windows from neighborhoods."""
@@ -172,8 +189,19 @@ class GatedMixture(TokenMixer):
                         f"{who} has weights that are more than one softmax, so scores alone cannot be mixed; use "
                         "before_softmax=False"
                     )
+                equal = _Equal(part)._weights(x).weights
+                if not x.is_meta and not torch.allclose(equal, (equal != 0) * equal.amax(-1, keepdim=True)):
+                    raise ValueError(
+                        f"{who} does not make its weights from what its scores() returns, so what it masks cannot be "
+                        "told; let weights() call scores(), or use before_softmax=False"
+                    )
         of_a, of_b = (f.index for f in found)
-        same = of_a is of_b is None or (of_a is not None and of_b is not None and torch.equal(of_a, of_b))
+        same = of_a is of_b is None or (
+            of_a is not None
+            and of_b is not None
+            and of_a.shape == of_b.shape
+            and (of_a.is_meta or torch.equal(of_a, of_b))
+        )
         if not same:
             raise ValueError(
                 f"b: {type(self.b).__name__} reads other sources than {type(self.a).__name__}, so their scores cannot "
@@ -181,31 +209,83 @@ class GatedMixture(TokenMixer):
             )
 
 
+class _Equal:
+    """A mixer seen by its own `weights` as one whose scores are all zero: every source that it may read weighs alike.
+
+    Of weights that are not equal, those that are rounded to zero could not be told from those that are masked.
+    """
+
+    def __init__(self, mixer: TokenMixer) -> None:
+        self._mixer = mixer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._mixer, name)
+
+    def _weights(self, *args: Any, **call: Any) -> Aggregation:
+        return type(self._mixer)._weights(self, *args, **call)  # type: ignore[arg-type]
+
+    def _scores(self, *args: Any, **call: Any) -> dict[str, Tensor]:
+        return {name: torch.zeros_like(term) for name, term in self._mixer._scores(*args, **call).items()}
+
+    def scores(self, *args: Any, **call: Any) -> dict[str, Tensor]:
+        return {name: torch.zeros_like(term) for name, term in self._mixer.scores(*args, **call).items()}
+
+
+class _Weights(nn.Module):
+    def __init__(self, mixer: TokenMixer) -> None:
+        super().__init__()
+        self.mixer = mixer
+
+    def forward(self, x: Tensor) -> Aggregation:
+        return self.mixer.weights(x)
+
+
 def _keep_weights_only(part: TokenMixer, grid: tuple[int, ...]) -> int:
     """Takes parameters that do not make the weights out of `part`; returns the number of groups of its weights.
 
     They stay as buffers outside the state dict, since an operator's code and its repr may name them.
     """
-    if isinstance(part, Attention) and type(part.qkv) is nn.Linear:
+    x = _probe(part, grid)
+    if isinstance(part, Attention) and type(part.qkv) is nn.Linear and _reads(part, x) == {0, 1}:
         rows = 2 * part.out_dim
         part.qkv.out_features = rows
-        part.qkv.weight = nn.Parameter(part.qkv.weight.detach()[:rows].clone())
-        if part.qkv.bias is not None:
-            part.qkv.bias = nn.Parameter(part.qkv.bias.detach()[:rows].clone())
-    named = {name: parameter for name, parameter in part.named_parameters() if parameter.requires_grad}
-    with modes_kept(part), torch.enable_grad():
+        for name, parameter in list(part.qkv.named_parameters()):
+            kept = nn.Parameter(parameter.detach()[:rows].clone(), requires_grad=parameter.requires_grad)
+            setattr(part.qkv, name, kept)
+    # on copies of its tensors, so that parameters are told apart where they are frozen or were made for inference
+    with modes_kept(part), torch.inference_mode(False), torch.enable_grad():
         part.eval()  # no statistics of a single token
-        found = part.weights(_probe(part, grid))
-    used: Iterable[Tensor | None] = [None] * len(named)
-    if named and found.weights.requires_grad:
-        used = torch.autograd.grad(found.weights.sum(), list(named.values()), allow_unused=True)
-    for (name, parameter), gradient in zip(named.items(), used, strict=True):
+        held = {f"mixer.{name}": t.detach().clone() for name, t in (*part.named_parameters(), *part.named_buffers())}
+        named = {name: held[f"mixer.{name}"].requires_grad_() for name, _ in part.named_parameters()}
+        found = torch.func.functional_call(_Weights(part), held, (_probe(part, grid),))
+        used: Iterable[Tensor | None] = [None] * len(named)
+        if named and found.weights.requires_grad:
+            used = torch.autograd.grad(found.weights.sum(), list(named.values()), allow_unused=True)
+    for (name, parameter), gradient in zip(list(part.named_parameters()), used, strict=True):
         if gradient is None:
             path, _, leaf = name.rpartition(".")
             owner = part.get_submodule(path)
             delattr(owner, leaf)
             owner.register_buffer(leaf, parameter.detach(), persistent=False)
     return found.num_groups
+
+
+def _reads(part: Attention, x: Tensor) -> set[int]:
+    """Which of queries (0), keys (1) and values (2) the weights are made of."""
+    read = set()
+
+    def heads(tokens: Tensor, of: int) -> Tensor:
+        read.add(of)
+        return type(part).heads(part, tokens, of)
+
+    part.heads = heads  # type: ignore[method-assign,assignment]
+    try:
+        with modes_kept(part), torch.no_grad():
+            part.eval()
+            part.weights(x)
+    finally:
+        del part.heads
+    return read
 
 
 def _probe(part: TokenMixer, grid: Sequence[int]) -> Tensor:
