@@ -41,6 +41,7 @@ FAULTS = (
         "self.pos_proj.weight[:, :-1] = 2 * strength * offsets.flip(-1)",
     ),
     ("half the offset", "2 * strength * offsets", "strength * offsets"),
+    ("even kernels are centred on a token", "offset=(side - 1) / 2)", "offset=side // 2)"),
     ("values start at random", "self.v.weight.copy_(torch.eye(self.dim))", "pass"),
     (
         "the gate gets no gradient",
@@ -132,15 +133,23 @@ def test_padding_leaves_images_alone(build, check_padding, options, extents):
     check_padding(build(spec_of(**options), DIM), extents, DIM)
 
 
-def test_starts_as_timm_does():
-    mixer = glocal.build("GatedPositionalAttention(num_heads=9, locality_strength=0.7)", 36)
-    twin = GPSA(36, 9, locality_strength=0.7)
+@pytest.mark.parametrize("heads", [1, 4, 9, 16, 25])
+def test_starts_as_timm_does(heads):
+    """4, 9 and 16 are the heads of ConViT's named models."""
+    dim = 4 * heads
+    mixer = glocal.build(f"GatedPositionalAttention(num_heads={heads}, locality_strength=0.7)", dim)
+    twin = GPSA(dim, heads, locality_strength=0.7)
     twin.local_init()
     assert_close(mixer.pos_proj.weight, twin.pos_proj.weight)
-    assert_close(mixer.v.weight, torch.eye(36))
+    assert_close(mixer.v.weight, torch.eye(dim))
     assert (mixer.gating_param == 1).all()
-    plain = glocal.build("GatedPositionalAttention(num_heads=9, locality_strength=None)", 36)
-    assert (plain.gating_param == 1).all() and (plain.v.weight != torch.eye(36)).any()
+    plain = glocal.build(f"GatedPositionalAttention(num_heads={heads})", dim)
+    assert (plain.gating_param == 1).all() and (plain.v.weight != torch.eye(dim)).any()
+
+
+@pytest.mark.parametrize("dim", [32, 64, 96, 192, 256, 384, 768])
+def test_its_defaults_can_be_built(dim):
+    glocal.build("GatedPositionalAttention()", dim)
 
 
 def as_convolution(spec, dim):
@@ -205,11 +214,11 @@ def test_parameters():
     assert shapes == {k: tuple(v.shape) for k, v in GPSA(DIM, HEADS, qkv_bias=True).named_parameters()}
 
 
-@pytest.mark.parametrize("heads", [2, 4, 16, 3])
+@pytest.mark.parametrize("heads", [2, 3, 6, 8, 12])
 def test_other_head_counts_start_plain_or_not_at_all(heads):
-    with pytest.raises(ValueError, match=r"num_heads is \d+, it takes 1, 9, 25, .* locality_strength=None"):
-        glocal.build(f"GatedPositionalAttention(num_heads={heads})", 48)
-    glocal.build(f"GatedPositionalAttention(num_heads={heads}, locality_strength=None)", 48)
+    with pytest.raises(ValueError, match=r"num_heads is \d+, it takes 1, 4, 9, .* locality_strength=None"):
+        glocal.build(f"GatedPositionalAttention(num_heads={heads}, locality_strength=1.0)", 48)
+    glocal.build(f"GatedPositionalAttention(num_heads={heads}, locality_strength=1.0, rank=1)", 48)
 
 
 @pytest.mark.parametrize("strength", [0, -1.0, "'much'", True])

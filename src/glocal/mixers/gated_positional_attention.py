@@ -25,9 +25,10 @@ class GatedPositionalAttention(TokenMixer):
     Args:
         dim: channels C.
         num_heads, head_dim: one of them; head_dim 32 where neither is given.
-        locality_strength: a start as a convolution: head number dx * side + dy (from 0) looks at one offset of a
-            kernel with `side` places an axis, as sharply as this says, and values are the tokens themselves. It
-            takes 1, 9, 25, ... heads (1, 3, 5, ... for sequences). None: a plain start.
+        locality_strength: a start as a convolution, 1 in the paper: head number dx * side + dy (from 0) looks at
+            one offset of a kernel with `side` places an axis, as sharply as this says, and values are the tokens
+            themselves. It takes 1, 4, 9, ... heads (any number for sequences); those of an even kernel look halfway
+            between tokens. None: a plain start.
         qkv_bias: whether q, k and v have biases.
         rank: 2 for images, 1 for sequences.
 
@@ -35,23 +36,24 @@ class GatedPositionalAttention(TokenMixer):
         x [B, *S, C] -> [B, *S, C], any S. `qk` C -> 2*C, `v` C -> C, `proj` C -> C, `pos_proj` rank + 1 -> heads,
         last axis first; `gating_param` [heads], 1 at the start. The bias of `pos_proj` cancels in the softmax.
 
-    Cost: 4*N*C^2 + 2*N^2*C multiply-adds; the fast path adds N*sum(S)*C, since the positional part is a product
-    of one softmax for each axis.
+    Cost: 4*N*C^2 + 2*N^2*C multiply-adds. In the fast path the positional part is a product of one softmax for each
+    axis, N*sum(S)*C; with `valid` it is not, and takes N^2*C and the [B, heads, N, N] weights of the position.
 
     Raises:
         ValueError: heads that do not divide the channels; a start as a convolution for a number of heads that is
-            no square kernel with a centre.
+            no square.
 
     Source: d'Ascoli et al., ConViT, ICML 2021, arXiv 2103.10697, section 3.
-    Differs from the paper: the division by the row sum, which is 1, is left out. An even kernel, which the released
-    code starts halfway between tokens, is refused. The code's positions are those of a square grid (sides of
+    Differs from the paper: the division by the row sum, which is 1, is left out. Even kernels (the named models of 4
+    and 16 heads) are centred as in the released code: the paper's figure has them on tokens. The code starts numbers
+    of heads that are no square in part, which is refused here, and its positions are those of a square grid (sides of
     int(sqrt(N)): other shapes of as many tokens get the square's in silence, other numbers fail); here of any grid.
     """
 
     examples = (
-        "GatedPositionalAttention(num_heads=1)",
-        "GatedPositionalAttention(num_heads=4, locality_strength=None, qkv_bias=True)",
-        "GatedPositionalAttention(num_heads=2, locality_strength=None, rank=1)",
+        "GatedPositionalAttention(num_heads=4, locality_strength=1.0)",
+        "GatedPositionalAttention(num_heads=4, qkv_bias=True)",
+        "GatedPositionalAttention(num_heads=2, rank=1)",
     )
 
     def __init__(
@@ -60,7 +62,7 @@ class GatedPositionalAttention(TokenMixer):
         *,
         num_heads: int | None = None,
         head_dim: int | None = None,
-        locality_strength: float | None = 1.0,
+        locality_strength: float | None = None,
         qkv_bias: bool = False,
         rank: int = 2,
     ) -> None:
@@ -81,14 +83,14 @@ class GatedPositionalAttention(TokenMixer):
         side = round(self.num_heads ** (1 / rank))
         if not isinstance(strength, int | float) or isinstance(strength, bool) or not 0 < strength < math.inf:
             raise ValueError(f"locality_strength: {strength!r}, must be a positive number, or None for a plain start")
-        if side**rank != self.num_heads or side % 2 == 0:
+        if side**rank != self.num_heads:
             raise ValueError(
-                f"locality_strength: {strength} asks for a start as a convolution, one head for each place of a kernel "
-                f"with a centre; num_heads is {self.num_heads}, it takes {', '.join(str(s**rank) for s in (1, 3, 5))}, "
-                "...; give so many heads, or locality_strength=None for a plain start"
+                f"locality_strength: {strength} asks for a start as a convolution, one head for each place of a "
+                f"kernel; num_heads is {self.num_heads}, it takes 1, 4, 9, ...; give so many heads, or "
+                "locality_strength=None for a plain start"
             )
         with torch.no_grad():
-            offsets = grid_positions((side,) * rank, offset=side // 2)  # of each head, in the order of pos_proj
+            offsets = grid_positions((side,) * rank, offset=(side - 1) / 2)  # of each head, in the order of pos_proj
             self.pos_proj.weight[:, :-1] = 2 * strength * offsets
             self.pos_proj.weight[:, -1] = -strength
             self.v.weight.copy_(torch.eye(self.dim))
