@@ -66,6 +66,7 @@ FAULTS = (
         "torch.arange(max(n // block, 1), device=device)",
     ),
     ("padding in front is taken", "extents(valid)  #", "pass  #"),
+    ("projections start as linear layers do", "nn.init.trunc_normal_(layer.weight, std=dim**-0.5)", "pass"),
 )
 
 
@@ -231,6 +232,15 @@ def test_parameters():
     assert shapes(mixer) == shapes(HaloAttn(32, num_heads=4, block_size=4, halo_size=2, qkv_bias=True))
     line = glocal.build("HaloAttention(rank=1)", 32)
     assert set(shapes(line)) == {"q.weight", "kv.weight", "pos_embed.width_rel"}
+
+
+def test_starts_with_timms_deviations():
+    torch.manual_seed(0)
+    mixer = glocal.build("HaloAttention(block_size=8, halo_size=3, num_heads=2, qkv_bias=True)", 64)
+    twin = dict(HaloAttn(64, num_heads=2, qkv_bias=True).named_parameters())
+    for name, parameter in mixer.named_parameters():
+        if parameter.dim() > 1:  # biases are those of a convolution and of a linear layer: the same
+            assert_close(parameter.std(), twin[name].std(), rtol=0.1, atol=0, msg=lambda text, n=name: f"{n}: {text}")
 
 
 @pytest.mark.parametrize("halo_size", [-1, 1.5, True, (1, 1)])

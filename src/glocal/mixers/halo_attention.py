@@ -46,9 +46,9 @@ class HaloAttention(TokenMixer):
 
     Source: Vaswani et al., Scaling Local Self-Attention for Parameter Efficient Visual Backbones, CVPR 2021,
     arXiv 2103.12731.
-    Differs from the paper: names, layout and the scale, on content and not on position, are timm's (HaloAttn), and
-    its stride is left out; places outside are masked unless mask_padding is False; sizes that are no multiple of
-    the block, which timm refuses, are defined.
+    Differs from the paper: names, layout, initial values and the scale, on content and not on position, are timm's
+    (HaloAttn), whose 1x1 convolutions are linear layers here; its stride is left out; places outside are masked
+    unless mask_padding is False; sizes that are no multiple of the block, which timm refuses, are defined.
     """
 
     examples = (
@@ -81,6 +81,8 @@ class HaloAttention(TokenMixer):
         self.scale = (dim // self.num_heads) ** -0.5
         self.q = nn.Linear(dim, dim, bias=qkv_bias)
         self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
+        for layer in (self.q, self.kv):
+            nn.init.trunc_normal_(layer.weight, std=dim**-0.5)
         self.pos_embed = _RelativePositions(self._window, dim // self.num_heads)
 
     def values(self, source: Tensor) -> Tensor:
