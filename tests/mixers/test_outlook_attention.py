@@ -103,7 +103,8 @@ def by_loop(mixer, kernel, stride, left):
         ({"kernel_size": (2, 4), "stride": 2}, (5, 3), (2, 4), (0, 1)),
         ({"kernel_size": 2, "stride": 3, "padding": 0}, (7, 5), (2, 2), (0, 0)),  # tokens under no window
         ({"kernel_size": 2, "padding": 0}, (3, 4), (2, 2), (0, 0)),
-        ({"kernel_size": 3, "padding": 3, "stride": 2}, (5, 4), (3, 3), (3, 3)),  # the first window is empty
+        ({"kernel_size": 3, "padding": 2, "stride": 2}, (5, 4), (3, 3), (2, 2)),
+        ({"kernel_size": 4, "padding": 3}, (1, 2), (4, 4), (3, 3)),  # wider than the grid
         ({"kernel_size": 5, "stride": 2}, (2, 3), (5, 5), (2, 2)),
         ({"kernel_size": 5, "stride": 2, "rank": 1}, (9,), (5,), (2,)),
         ({"kernel_size": 3, "rank": 1}, (1,), (3,), (1,)),
@@ -183,7 +184,7 @@ def test_parameters():
     assert line["attn.weight"].shape == (2 * 9, 64) and line["v.bias"].shape == (64,)
 
 
-@pytest.mark.parametrize("padding", [-1, True, 1.0, (1, 1)])
+@pytest.mark.parametrize("padding", [-1, True, 1.0, (1, 1), 3, 9])
 def test_a_wrong_padding_is_refused(padding):
     with pytest.raises(ValueError, match="padding: "):
         glocal.build(f"OutlookAttention(padding={padding!r})", 32)

@@ -27,7 +27,8 @@ class OutlookAttention(TokenMixer):
         kernel_size: places of a window along all axes or each.
         num_heads, head_dim: one of them; head_dim 32 where neither is given.
         stride: tokens from one window to the next, for all axes; weights are predicted from means of stride tokens.
-        padding: window w starts at token w * stride - padding, for all axes; (kernel_size - 1) // 2 by default.
+        padding: window w starts at token w * stride - padding, for all axes; smaller than the kernel,
+            (kernel_size - 1) // 2 by default.
         qkv_bias: whether `v` has a bias.
         rank: 2 for images, 1 for sequences.
 
@@ -41,7 +42,7 @@ class OutlookAttention(TokenMixer):
     last term is W*P^2*C.
 
     Raises:
-        ValueError: heads that do not divide the channels; a negative padding.
+        ValueError: heads that do not divide the channels; a padding below zero, or as large as the kernel.
 
     Source: Yuan et al., VOLO: Vision Outlooker for Visual Recognition, arXiv 2106.13112, section 3.1.
     Differs from the paper: the stride's pooling, the scale (C / heads)^-0.5 and `proj` follow the released code
@@ -74,8 +75,12 @@ class OutlookAttention(TokenMixer):
         self._kernel = per_axis("kernel_size", kernel_size, rank)
         self.padding, self._left = padding, centre_padding(self._kernel)
         if padding is not None:
-            if not isinstance(padding, int) or isinstance(padding, bool) or padding < 0:
-                raise ValueError(f"padding: {padding!r}, must be a whole number, 0 or more, for all axes")
+            # a window wholly in the padding mixes nothing
+            if not isinstance(padding, int) or isinstance(padding, bool) or not 0 <= padding < min(self._kernel):
+                raise ValueError(
+                    f"padding: {padding!r}, must be a whole number for all axes, 0 or more and smaller than the "
+                    f"kernel, {min(self._kernel)}"
+                )
             self._left = (padding,) * rank
         self.qkv_bias = flag("qkv_bias", qkv_bias)
         self._places = math.prod(self._kernel)
