@@ -43,9 +43,9 @@ class DeformableConv(TokenMixer):
 
     Source: Dai et al., Deformable Convolutional Networks, ICCV 2017, arXiv 1703.06211, section 2.1; modulated: Zhu
     et al., Deformable ConvNets v2: More Deformable, Better Results, CVPR 2019, arXiv 1811.11168, section 3.
-    Differs from the paper: all channels move together (one offset group), as in both papers' experiments. The
-    slower learning rate of the offsets is the optimizer's matter. The fast path is torchvision's, where it is
-    installed.
+    Differs from the paper: nothing in the definition; all channels move together (one offset group), where released
+    code can move groups of channels apart. The slower learning rate of the offsets is the optimizer's matter. The
+    fast path is torchvision's, where it is installed.
     """
 
     examples = (
