@@ -46,8 +46,8 @@ FAULTS = (
     ),
     (
         "statistics never move",
-        "found = part._aggregation(bound, call, update=update)",
-        "found = part._aggregation(bound, call, update=False)",
+        "bound, call, update=update)",
+        "bound, call, update=False)",
     ),
     ("unused parameters stay", "if gradient is None:", "if False:"),
     (
