@@ -55,6 +55,7 @@ FAULTS = (
         "self.a, self.b = copy.deepcopy(a), copy.deepcopy(b)",
         "self.a, self.b = a, b",
     ),
+    ("local weights read a neighbour", "index = index[:, 0].expand(", "index = index[:, 0].roll(1, 1).expand("),
     ("a weight rounded to zero masks", "queries, update_statistics, equal=True)", "queries, update_statistics)"),
     ("values that make weights are taken out", "_reads(part, x) == {0, 1}", "True"),
     ("what is frozen is learned again", ", requires_grad=parameter.requires_grad)", ")"),
@@ -97,6 +98,26 @@ def by_parts(mixer):
 def test_attention_and_convolution(build, check, tokens, grid):
     mixer = build(ATTENTION_AND_CONV, DIM)
     check(mixer, by_parts(mixer), tokens(2, *grid, DIM))
+
+
+@pytest.mark.parametrize("grid", [(5, 6), (1, 3)])
+def test_local_operators_of_any_stride_and_group(build, check, tokens, grid):
+    """One weight for all slots, weights for each channel, and slots of their own for each channel."""
+    spec = "GatedMixture(a=GatedMixture(a=AveragePooling(stride=2), b=DepthwiseConv(kernel_size=5, stride=2)), b={})"
+    mixer = build(spec.format("MaxPooling(stride=2)"), DIM)
+
+    def oracle(x):
+        v = mixer.v(x).movedim(-1, 1)
+        mean = F.avg_pool2d(v, 3, 2, 1, count_include_pad=False)
+        inner = mixer.a.gate.sigmoid()[:, None, None]
+        kernel = mixer.a.b.weight
+        of_a = (1 - inner) * mean + inner * F.conv2d(v, kernel, stride=2, padding=2, groups=DIM)
+        where = F.max_pool2d(x.movedim(-1, 1), 3, 2, 1, return_indices=True)[1]
+        of_b = v.flatten(2).gather(2, where.flatten(2)).view(of_a.shape)
+        gate = mixer.gate.sigmoid()[:, None, None]
+        return mixer.proj(((1 - gate) * of_a + gate * of_b).movedim(1, -1))
+
+    check(mixer, oracle, tokens(2, *grid, DIM))
 
 
 def test_both_heed_padding(build, check, tokens):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from glocal.aggregation import Aggregation, aggregate
 from glocal.arguments import flag, given
+from glocal.kernels import gathered_sum
 from glocal.mixer import TokenMixer
 from glocal.mixers._attention import Attention, masked_softmax, sum_of
 from glocal.operator import modes_kept
@@ -123,7 +124,7 @@ class GatedMixture(TokenMixer):
         sums = []
         for part in (self.a, self.b):
             found = self._of(part, x, valid, None, update_statistics)
-            sums.append(aggregate(found, values.flatten(2).unflatten(-1, (found.num_groups, -1))))
+            sums.append(_sum(found, values.flatten(2).unflatten(-1, (found.num_groups, -1))))
         gate = self.gate.sigmoid().repeat_interleave(self.dim // self._groups)
         return self.proj((1 - gate) * sums[0] + gate * sums[1])
 
@@ -298,6 +299,18 @@ def _probe(part: TokenMixer, grid: Sequence[int]) -> Tensor:
 def _repeat(rows: Tensor, groups: int) -> Tensor:
     """[., G', ., .] -> [., G|1, ., .]: each group for the consecutive groups that it is cut into."""
     return rows if rows.shape[1] in (1, groups) else rows.repeat_interleave(groups // rows.shape[1], 1)
+
+
+def _sum(found: Aggregation, values: Tensor) -> Tensor:
+    """`aggregate`, without a copy of the values for each slot where all groups read the same sources."""
+    weights, index = found.weights, found.index
+    if index is None or index.shape[1] > 1:
+        return aggregate(found, values)
+    slots = max(weights.shape[-1], index.shape[-1])
+    weights = weights.to(values.dtype).transpose(1, 2)  # [B|1, N|1, G, K]
+    weights = weights.expand(values.shape[0], found.num_queries, found.num_groups, slots)
+    index = index[:, 0].expand(-1, found.num_queries, slots)
+    return gathered_sum(weights, values, index).flatten(2)
 
 
 def _side_by_side(rows: Sequence[Tensor]) -> Tensor:
