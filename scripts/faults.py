@@ -662,13 +662,13 @@ _SHARED = (
     ),
     _core("mixers/_norm.py", "test_mixer.py", "test_mutants.py")(
         "a batch of padding alone moves the statistics",
-        "share = share * (count > 1)",
-        "pass",
+        "None if valid is None else count > 1)",
+        "None)",
     ),
     _core("mixers/_norm.py", "test_mutants.py", "test_mixer.py")(
         "one real value moves the statistics",
-        "share = share * (count > 1)",
-        "share = share * (count > 0)",
+        "None if valid is None else count > 1)",
+        "None if valid is None else count > 0)",
     ),
     _core("mixers/_norm.py", "test_mixer.py")(
         "a synchronised batch norm counts padding, and moves when looked at",
@@ -742,13 +742,13 @@ _SHARED = (
     ),
     _ATTENTION(
         "a row that sees nothing is NaN",
-        "scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1)",
-        'scores.masked_fill(~seen, -float("inf")).softmax(-1)',
+        "scores.masked_fill(~seen, torch.finfo(scores.dtype).min)",
+        'scores.masked_fill(~seen, -float("inf"))',
     ),
     _ATTENTION(
         "a row that sees nothing is the mean of what it may not see",
-        "torch.finfo(scores.dtype).min).softmax(-1) * seen",
-        "torch.finfo(scores.dtype).min).softmax(-1)",
+        "return masked(scores, seen).softmax(-1) * seen",
+        "return masked(scores, seen).softmax(-1)",
     ),
     _ATTENTION(
         "channels of a head lie apart",

@@ -27,8 +27,7 @@ class GatedPositionalAttention(TokenMixer):
         num_heads, head_dim: one of them; head_dim 32 where neither is given.
         locality_strength: a start as a convolution, 1 in the paper: head number dx * side + dy (from 0) looks at
             one offset of a kernel with `side` places an axis, as sharply as this says, and values are the tokens
-            themselves. It takes 1, 4, 9, ... heads (any number for sequences); those of an even kernel look halfway
-            between tokens. None: a plain start.
+            themselves. It takes 1, 9, 25, ... heads (1, 3, 5, ... for sequences). None: a plain start.
         qkv_bias: whether q, k and v have biases.
         rank: 2 for images, 1 for sequences.
 
@@ -41,17 +40,17 @@ class GatedPositionalAttention(TokenMixer):
 
     Raises:
         ValueError: heads that do not divide the channels; a start as a convolution for a number of heads that is
-            no square.
+            no kernel with a centre.
 
     Source: d'Ascoli et al., ConViT, ICML 2021, arXiv 2103.10697, section 3.
-    Differs from the paper: the division by the row sum, which is 1, is left out. Even kernels (the named models of 4
-    and 16 heads) are centred as in the released code: the paper's figure has them on tokens. The code starts numbers
-    of heads that are no square in part, which is refused here, and its positions are those of a square grid (sides of
+    Differs from the paper: the division by the row sum, which is 1, is left out. The released code also starts even
+    kernels (the named models of 4 and 16 heads), whose heads look halfway between tokens and are no convolution, and
+    in part numbers of heads that are no square: refused here. Its positions are those of a square grid (sides of
     int(sqrt(N)): other shapes of as many tokens get the square's in silence, other numbers fail); here of any grid.
     """
 
     examples = (
-        "GatedPositionalAttention(num_heads=4, locality_strength=1.0)",
+        "GatedPositionalAttention(num_heads=1, locality_strength=1.0)",
         "GatedPositionalAttention(num_heads=4, qkv_bias=True)",
         "GatedPositionalAttention(num_heads=2, rank=1)",
     )
@@ -83,10 +82,11 @@ class GatedPositionalAttention(TokenMixer):
         side = round(self.num_heads ** (1 / rank))
         if not isinstance(strength, int | float) or isinstance(strength, bool) or not 0 < strength < math.inf:
             raise ValueError(f"locality_strength: {strength!r}, must be a positive number, or None for a plain start")
-        if side**rank != self.num_heads:
+        if side**rank != self.num_heads or side % 2 == 0:
+            counts = ", ".join(str(n**rank) for n in (1, 3, 5))
             raise ValueError(
-                f"locality_strength: {strength} asks for a start as a convolution, one head for each place of a "
-                f"kernel; num_heads is {self.num_heads}, it takes 1, 4, 9, ...; give so many heads, or "
+                f"locality_strength: {strength} asks for a start as a convolution, one head for each place of a kernel "
+                f"with a centre; num_heads is {self.num_heads}, it takes {counts}, ...; give so many heads, or "
                 "locality_strength=None for a plain start"
             )
         with torch.no_grad():
