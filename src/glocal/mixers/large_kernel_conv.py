@@ -47,9 +47,9 @@ class LargeKernelConv(TokenModule):
     """
 
     examples = (
-        "LargeKernelConv(kernel_size=31)",
+        "LargeKernelConv(kernel_size=7, small_kernel=3)",
         "LargeKernelConv(kernel_size=(9, 13), small_kernel=(3, 5), stride=2)",
-        "LargeKernelConv(kernel_size=7, small_kernel=None)",
+        "LargeKernelConv(kernel_size=31, small_kernel=None)",
         "LargeKernelConv(kernel_size=27, rank=1)",
     )
 
