@@ -45,6 +45,15 @@ class Dependent(TokenModule):
         return x * x.abs().amax(0)  # of the whole batch
 
 
+class Counts(TokenModule):
+    def __init__(self, dim):
+        super().__init__(dim)
+        self.norm = nn.BatchNorm1d(dim)
+
+    def mix(self, x):  # in training its statistics move whoever looks
+        return self.norm(x.flatten(0, -2)).view_as(x)
+
+
 class Shrinks(TokenModule):
     def __init__(self, dim):
         super().__init__(dim, rank=2)
@@ -76,6 +85,8 @@ def test_a_module_keeps_the_contract(spec, call):
 def test_what_a_module_gets_wrong_is_found(spec):
     found = contract.run(spec("Dependent()"), contract.padding_changes_nothing, (13, 7))
     assert found.state == "refused" and "takes no valid" in found.sentence
+    found = contract.run(spec("Counts()"), contract.looking_changes_nothing, (13, 7))
+    assert found.state == "broken" and "mix moved the buffer norm." in found.sentence
     careless = glocal.build(spec("Careless()"), 4)
     with pytest.raises(ValueError, match="Careless: takes no valid"):
         careless(torch.randn(2, 5, 4), valid=torch.ones(2, 5, dtype=torch.bool))

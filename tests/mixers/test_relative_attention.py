@@ -7,6 +7,7 @@ import torch
 from timm.layers import RelPosBias, RelPosBiasTf
 from timm.models.maxxvit import Attention2d, AttentionCl
 from torch.func import functional_call
+from torch.nn import functional as F
 
 import glocal
 
@@ -189,6 +190,25 @@ def test_parameters():
     }
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_librarys_mask_stays_finite_in_float16(build, monkeypatch, autocast):
+    """A row of -inf, of an image that is all padding, is NaN in some of its kernels."""
+    seen = []
+    library = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *a, **k: seen.append(k["attn_mask"]) or library(*a, **k)
+    )
+    mixer = build("RelativeAttention(grid_size=(5,), num_heads=2)", 8)
+    with torch.no_grad():
+        mixer.relative_position_bias_table.fill_(-300)  # beside which the mask would overflow
+    mixer = mixer.float() if autocast else mixer.half()
+    x = torch.randn(2, 5, 8, dtype=torch.float32 if autocast else torch.float16)
+    valid = torch.tensor([[True] * 5, [False] * 5])
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
+        assert mixer(x, valid=valid).isfinite().all()
+    assert len(seen) == 1 and seen[0].dtype == torch.float16 and seen[0].isfinite().all()
+
+
 # planted by scripts/mutate
 FAULTS = (
     (
@@ -229,7 +249,7 @@ FAULTS = (
         "self.heads(x_at, 0), self.heads(x_at, 1)",
         "self.heads(x_at, 0), self.heads(x, 1)",
     ),
-    ("the fast path lets padding into the softmax", "position if mask is None else position + mask", "position"),
+    ("the fast path lets padding into the softmax", "position if seen is None else masked(position, seen)", "position"),
     (
         "all heads have the first one's bias",
         "        table = table.flip(axes)\n",

@@ -8,7 +8,16 @@ from torch import Tensor, nn
 
 from glocal.aggregation import Aggregation, grid_positions
 from glocal.arguments import flag, per_axis
-from glocal.mixers._attention import Attention, add_position, mask_bias, masked_softmax, sdpa, sum_of, table_parameter
+from glocal.mixers._attention import (
+    Attention,
+    add_position,
+    mask_bias,
+    masked,
+    masked_softmax,
+    sdpa,
+    sum_of,
+    table_parameter,
+)
 from glocal.mixers._grid import extents
 
 
@@ -106,12 +115,13 @@ class RelativeAttention(Attention):
     ) -> Tensor:
         x_at = add_position(x, pos_embed)
         q, k = self.heads(x_at, 0), self.heads(x_at, 1)
-        mask = None if valid is None else mask_bias(valid.flatten(1)[:, None, None], q.dtype)
+        seen = None if valid is None else valid.flatten(1)[:, None, None]
+        mask = None if seen is None else mask_bias(seen, q.dtype)
         if not self.position_bias:
             return self.proj(sdpa(q, k, values, bias=mask))
-        position = self._bias(x, valid, None).to(x.dtype)
+        position = self._bias(x, valid, None).to(q.dtype)
         if not self.after_softmax:
-            return self.proj(sdpa(q, k, values, bias=position if mask is None else position + mask))
+            return self.proj(sdpa(q, k, values, bias=position if seen is None else masked(position, seen)))
         static = torch.einsum("bgnm,bmgd->bngd", position, values).flatten(2)
         return self.proj(sdpa(q, k, values, bias=mask) + static)
 
