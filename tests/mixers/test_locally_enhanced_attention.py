@@ -161,6 +161,22 @@ def test_chunks_differentiate_twice(build, tokens, small_chunks, arguments):
     assert torch.autograd.gradgradcheck(mixer.mix, x, fast_mode=True, atol=1e-5)
 
 
+def test_chunks_are_formed_again_in_the_precision_of_the_forward_pass(tokens, small_chunks):
+    """A backward pass runs outside of the autocast region."""
+    q, k = (tokens(1, 1, 20, 4).float().requires_grad_() for _ in range(2))
+    seen = []
+
+    def rows(start: int, end: int, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        scores = q[:, :, start:end] @ k.mT
+        seen.append(scores.dtype)
+        return scores
+
+    with torch.autocast("cpu", torch.bfloat16):
+        out = _position_maps.in_chunks(rows, 20, 20, q, k)
+    out.float().sum().backward()
+    assert seen == [torch.bfloat16] * 6  # three chunks, twice
+
+
 @pytest.mark.parametrize("arguments", [CLASSIFICATION, DETECTION])
 def test_one_token(build, check, tokens, arguments):
     mixer = build(spec_of(**arguments), DIM).train()
@@ -348,106 +364,124 @@ def test_synchronised_norm_of_the_maps_is_refused_in_training(build, tokens):
 
 MEASURED = """
 import resource, sys, torch, glocal
-position, side = sys.argv[1], int(sys.argv[2])
-torch.set_num_threads(1)
-mixer = glocal.build(f"LocallyEnhancedAttention(grid_size={side}, position={position!r})", int(sys.argv[3]))
+mixer = glocal.build(f"LocallyEnhancedAttention(grid_size=64, position={sys.argv[1]!r})", 256)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 mixer(torch.randn(1, 4, 4, mixer.dim)).sum().backward()
 before = peak()
-mixer(torch.randn(1, side, side, mixer.dim, requires_grad=True)).square().sum().backward()
-print((peak() - before) / 1024)
+mixer(torch.randn(1, 64, 64, mixer.dim, requires_grad=True)).square().sum().backward()
+print((peak() - before) * 1024)
 """
 
 
 @pytest.mark.parametrize("position", ["classification", "detection"])
-def test_memory_in_training_is_that_of_a_chunk(position):
-    """A training step at 40 x 40 tokens: fewer bytes than three maps of all groups, N x N, hold; there are dozens."""
+def test_a_training_step_at_64_by_64_tokens_stays_under_a_gigabyte(position):
+    """Of resident memory; one N x N map of its 8 groups has 0.54, and a plain layer forms dozens."""
     source = os.pathsep.join([str(Path(glocal.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "-c", MEASURED, position, "40", "32"],
-        env=os.environ | {"PYTHONPATH": source, "MALLOC_MMAP_THRESHOLD_": str(2**20)},  # what is freed is given back
-        capture_output=True, text=True, timeout=300,
+        [sys.executable, "-c", MEASURED, position],
+        env=os.environ | {"PYTHONPATH": source}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    one_map = 8 * 1600**2 * 4 / 2**20
-    assert float(done.stdout) < 3 * one_map, f"{done.stdout.strip()} MiB, one map of all groups has {one_map:.0f}"
+    assert float(done.stdout) < 1e9
 
 
 # planted by scripts/mutate
-FAULTS = (
-    (
-        "keys' vectors are those of the offset from query to source",
-        "self.order = self.length = self.seen = None",
-        "self.order = self.length = self.seen = None\n        relative = relative.flip(1)",
+FAULTS = {
+    "mixers/locally_enhanced_attention.py": (
+        (
+            "keys' vectors are those of the offset from query to source",
+            "self.order = self.length = self.seen = None",
+            "self.order = self.length = self.seen = None\n        relative = relative.flip(1)",
+        ),
+        (
+            "keys take the table of queries in training's statistics",
+            "maps.sequence_sums(self.k, self.key_table, self.length)",
+            "maps.sequence_sums(self.k, self.query_table, self.length)",
+        ),
+        (
+            "the outputs of queries stay in reverse order",
+            "mixed = mixed.flip(2).transpose(1, 2).flatten(2)",
+            "mixed = mixed.transpose(1, 2).flatten(2)",
+        ),
+        (
+            "the two sums of a channel lie apart",
+            "return torch.stack([weights @ v, at_places.to(v.dtype)], -1)",
+            "return torch.stack([weights @ v, at_places.to(v.dtype)], -2)",
+        ),
+        (
+            "a padded image's raster is as wide as the batch's",
+            "self.length, qkv = size, pick(qkv, self.order)",
+            "self.order = torch.arange(count).expand(len(qkv), -1)\n            self.length = size",
+        ),
+        (
+            "padding is a key of the raster",
+            "(torch.arange(count, device=qkv.device) < size[:, None])[:, None, None]",
+            "(torch.arange(count, device=qkv.device) >= 0).expand(len(size), -1)[:, None, None]",
+        ),
+        (
+            "padding is a key of the axial form",
+            "None if valid is None else valid.flatten(1)[:, None, None]\n        self.q",
+            "None\n        self.q",
+        ),
+        (
+            "rows and columns of the axial form change places",
+            "height[..., None] + width[..., None, :]",
+            "height[..., None, :] + width[..., None]",
+        ),
+        (
+            "axial offsets count from the source to the query",
+            "entry = torch.arange(n, device=qkv.device) - places[:, axis, None] + n - 1",
+            "entry = places[:, axis, None] - torch.arange(n, device=qkv.device) + n - 1",
+        ),
+        (
+            "padding counts in the maps' statistics",
+            "qkv = qkv if valid is None else qkv.masked_fill",
+            "qkv = qkv if True else qkv.masked_fill",
+        ),
+        ("the maps' statistics count images, not pairs", "attention.q.shape[2] ** 2", "attention.q.shape[2]"),
+        (
+            "running variances of the maps are biased",
+            "unbiased = variance.detach() * count / (count - 1).clamp(min=1)",
+            "unbiased = variance.detach()",
+        ),
+        (
+            "no gradient flows through the maps' variance",
+            "return norm.weight * (variance + norm.eps).rsqrt() + nothing",
+            "return norm.weight * (variance.detach() + norm.eps).rsqrt() + nothing",
+        ),
+        ("looking moves the statistics of the maps", "            if update:\n", "            if True:\n"),
+        ("the gate has no ReLU in front", "torch.cat([unary, binary], -1).relu()", "torch.cat([unary, binary], -1)"),
+        (
+            "the gate stands at the convolution",
+            'terms["unary"] + terms["gate"] * terms["binary"]',
+            'terms["gate"] * terms["unary"] + terms["binary"]',
+        ),
+        ("a stride averages padding", "mean / torch.where(share > 0, share, 1)", "mean"),
+        (
+            "the convolution reads what stands in the padding",
+            "x = x if valid is None else x.masked_fill(~valid[..., None], 0)\n        unary",
+            "unary",
+        ),
+        (
+            "looked-at weights have no positions of keys",
+            "self.k * key, self.key_table",
+            "0 * self.k * key, self.key_table",
+        ),
     ),
-    (
-        "keys take the table of queries in training's statistics",
-        "maps.sequence_sums(self.k, self.key_table, self.length)",
-        "maps.sequence_sums(self.k, self.query_table, self.length)",
+    "mixers/_position_maps.py": (
+        ("only the last chunk has a gradient", "total += more", "total.copy_(more)"),
+        ("all chunks get the first one's gradient", "grad[:, :, start:end]", "grad[:, :, : end - start]"),
+        ("a second derivative takes the first as constant", "again = torch.is_grad_enabled()", "again = False"),
+        ("chunks are formed again in full precision", "torch.autocast(**ctx.autocast)", "torch.enable_grad()"),
+        (
+            "the last chunk is left out",
+            "for start in range(0, count, size)]\n    if",
+            "for start in range(0, count - size, size)]\n    if",
+        ),
+        (
+            "tables are resized to the grid's own middle",
+            "(2 * torch.arange(new, device=table.device) + 1) * old - new",
+            "2 * torch.arange(new, device=table.device) * old",
+        ),
     ),
-    (
-        "the outputs of queries stay in reverse order",
-        "mixed = mixed.flip(2).transpose(1, 2).flatten(2)",
-        "mixed = mixed.transpose(1, 2).flatten(2)",
-    ),
-    (
-        "the two sums of a channel lie apart",
-        "return torch.stack([weights @ self.v, at_places.to(self.v.dtype)], -1)",
-        "return torch.stack([weights @ self.v, at_places.to(self.v.dtype)], -2)",
-    ),
-    (
-        "a padded image's raster is as wide as the batch's",
-        "self.length, qkv = size, pick(qkv, self.order)",
-        "self.order = torch.arange(count).expand(len(qkv), -1)\n            self.length = size",
-    ),
-    (
-        "padding is a key of the raster",
-        "(torch.arange(count, device=qkv.device) < size[:, None])[:, None, None]",
-        "(torch.arange(count, device=qkv.device) >= 0).expand(len(size), -1)[:, None, None]",
-    ),
-    (
-        "padding is a key of the axial form",
-        "None if valid is None else valid.flatten(1)[:, None, None]\n        self.q",
-        "None\n        self.q",
-    ),
-    (
-        "rows and columns of the axial form change places",
-        "height[..., None] + width[..., None, :]",
-        "height[..., None, :] + width[..., None]",
-    ),
-    (
-        "axial offsets count from the source to the query",
-        "entry = torch.arange(n, device=qkv.device) - places[:, axis, None] + n - 1",
-        "entry = places[:, axis, None] - torch.arange(n, device=qkv.device) + n - 1",
-    ),
-    (
-        "padding counts in the maps' statistics",
-        "qkv = qkv if valid is None else qkv.masked_fill",
-        "qkv = qkv if True else qkv.masked_fill",
-    ),
-    ("the maps' statistics count images, not pairs", "attention.q.shape[2] ** 2", "attention.q.shape[2]"),
-    (
-        "running variances of the maps are biased",
-        "unbiased = variance.detach() * count / (count - 1).clamp(min=1)",
-        "unbiased = variance.detach()",
-    ),
-    (
-        "no gradient flows through the maps' variance",
-        "return norm.weight * (variance + norm.eps).rsqrt() + nothing",
-        "return norm.weight * (variance.detach() + norm.eps).rsqrt() + nothing",
-    ),
-    ("looking moves the statistics of the maps", "            if update:\n", "            if True:\n"),
-    ("the gate has no ReLU in front", "torch.cat([unary, binary], -1).relu()", "torch.cat([unary, binary], -1)"),
-    (
-        "the gate stands at the convolution",
-        'terms["unary"] + terms["gate"] * terms["binary"]',
-        'terms["gate"] * terms["unary"] + terms["binary"]',
-    ),
-    ("a stride averages padding", "mean / torch.where(share > 0, share, 1)", "mean"),
-    (
-        "the convolution reads what stands in the padding",
-        "x = x if valid is None else x.masked_fill(~valid[..., None], 0)\n        unary",
-        "unary",
-    ),
-    ("looked-at weights have no positions of keys", "self.k * key, self.key_table", "0 * self.k * key, self.key_table"),
-)
+}

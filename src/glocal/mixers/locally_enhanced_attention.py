@@ -243,21 +243,22 @@ class _Raster:
         """Both sums of values, before their batch norm: [B, N, 2 * C], side by side for each channel."""
         count, (content, query, key) = self.k.shape[2], scale
         # rows in reverse order, see `banded`
-        q, at_q, k = (self.q * content).flip(2), (self.q * query).flip(2), self.k * key
-        query_table, value_table, key_table = (
-            t[:, None] for t in (self.query_table.flip(1), self.value_table.flip(1), self.key_table)
-        )
+        q, at_q = (self.q * content).flip(2), (self.q * query).flip(2)
+        tables = self.query_table.flip(1), self.key_table, self.value_table.flip(1)
 
-        def rows(start: int, end: int) -> Tensor:
-            reach = slice(start, end + count - 1)
-            scores = q[:, :, start:end] @ self.k.mT
-            scores = scores + maps.banded(at_q[:, :, start:end], query_table[:, :, reach], count)
-            scores = scores + maps.banded_columns(k, key_table[:, :, reach], end - start)
+        def rows(
+            start: int, end: int, q: Tensor, at_q: Tensor, k: Tensor, at_k: Tensor, v: Tensor, *of: Tensor
+        ) -> Tensor:
+            query_table, key_table, value_table = (table[:, :, start : end + count - 1] for table in of)
+            scores = q[:, :, start:end] @ k.mT
+            scores = scores + maps.banded(at_q[:, :, start:end], query_table, count)
+            scores = scores + maps.banded_columns(at_k, key_table, end - start)
             weights = masked_softmax(scores, self.seen)
-            at_places = maps.spread(weights) @ value_table[:, :, reach]
-            return torch.stack([weights @ self.v, at_places.to(self.v.dtype)], -1)
+            at_places = maps.spread(weights) @ value_table
+            return torch.stack([weights @ v, at_places.to(v.dtype)], -1)
 
-        mixed = maps.in_chunks(rows, count, self.q.shape[0] * self.q.shape[1] * count)
+        parts = q, at_q, self.k, self.k * key, self.v, *(t[:, None] for t in tables)
+        mixed = maps.in_chunks(rows, count, self.q.shape[0] * self.q.shape[1] * count, *parts)
         mixed = mixed.flip(2).transpose(1, 2).flatten(2)
         return mixed if self.order is None else pick(mixed, self.order.argsort(1))
 
@@ -311,20 +312,21 @@ class _Axial:
         count, (content, query) = self.k.shape[2], scale
         q, height, width = self.q * content, self.height * query, self.width * query
 
-        def rows(start: int, end: int) -> Tensor:
-            return self._softmax(*(t[:, :, start:end] for t in (q, height, width))) @ self.v
+        def rows(start: int, end: int, k: Tensor, v: Tensor, *of_queries: Tensor) -> Tensor:
+            return self._softmax(k, *(t[:, :, start:end] for t in of_queries)) @ v
 
-        mixed = maps.in_chunks(rows, count, self.q.shape[0] * self.q.shape[1] * count)
+        parts = self.k, self.v, q, height, width
+        mixed = maps.in_chunks(rows, count, self.q.shape[0] * self.q.shape[1] * count, *parts)
         return mixed.transpose(1, 2).flatten(2)
 
     def weights(self, queries: Tensor, scale: Tensor) -> Tensor:
         """Rows of the softmax."""
         content, query = scale
         q, height, width = (t[:, :, queries] for t in (self.q, self.height, self.width))
-        return self._softmax(q * content, height * query, width * query)
+        return self._softmax(self.k, q * content, height * query, width * query)
 
-    def _softmax(self, q: Tensor, height: Tensor, width: Tensor) -> Tensor:
-        scores = q @ self.k.mT + (height[..., None] + width[..., None, :]).flatten(-2)
+    def _softmax(self, k: Tensor, q: Tensor, height: Tensor, width: Tensor) -> Tensor:
+        scores = q @ k.mT + (height[..., None] + width[..., None, :]).flatten(-2)
         return masked_softmax(scores, self.seen)
 
 
