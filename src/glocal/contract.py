@@ -39,9 +39,13 @@ COMPILED_AT = {1: (21,), 2: (13, 11)}
 EXPORTED_TO = {1: ((9,), (12,), (17,), (40,)), 2: ((9, 16), (12, 12), (17, 10), (20, 28))}
 SMALL = {1: (5,), 2: (4, 3)}
 
-# What is said of ordinary modules where a check needs more.
+# What is said where a check has nothing to look at.
 ONE_PATH = "an ordinary module: its forward pass is its definition"
 NO_WEIGHTS = "an ordinary module: it has no aggregation weights"
+NOT_CAUSAL = "not causal"
+NO_SOFTMAX = "no softmax"
+MORE_THAN_A_SOFTMAX = "more than a softmax"
+NOT_APPLICABLE = (ONE_PATH, NO_WEIGHTS, NOT_CAUSAL, NO_SOFTMAX, MORE_THAN_A_SOFTMAX)
 
 
 @dataclass(frozen=True)
@@ -185,11 +189,11 @@ def scores_make_the_weights(spec: str, grid: tuple[int, ...]) -> str | None:
     """The softmax of the sum of the named terms is the weights, wherever rows sum to 1."""
     mixer = random_mixer(spec)
     if not isinstance(mixer, TokenMixer) or type(mixer)._scores is TokenMixer._scores:
-        return "no softmax"
+        return NO_SOFTMAX
     x = tokens(2, *grid)
     found, terms = mixer.weights(x), mixer.scores(x)
     if not torch.allclose(found.weights.sum(-1), torch.ones((), dtype=torch.float64)):
-        return "more than a softmax"
+        return MORE_THAN_A_SOFTMAX
     total = sum(terms.values()).expand(found.weights.shape)  # type: ignore[union-attr]
     seen = found.weights != 0
     expected = total.masked_fill(~seen, -torch.inf).softmax(-1)
@@ -217,7 +221,7 @@ def causal_reads_no_later_token(spec: str, grid: tuple[int, ...]) -> str | None:
     """Weights above the diagonal are zero, and a later token changes no earlier output."""
     mixer = random_mixer(spec)
     if not getattr(mixer, "causal", False):
-        return "not causal"
+        return NOT_CAUSAL
     x = tokens(2, *grid)
     if isinstance(mixer, TokenMixer):
         above = torch.triu(mixer.weights(x).dense(), diagonal=1)

@@ -12,6 +12,9 @@ from glocal.mixer import TokenMixer
 DIM = 8
 ATTENTION_AND_CONV = "GatedMixture(a=SelfAttention(num_heads=2), b=DepthwiseConv(kernel_size=3))"
 
+# what the contract may hear
+REFUSES = ("GatedMixture: a mixture before the softmax has its definition only",)
+
 FAULTS = (
     (
         "the gate is turned round",

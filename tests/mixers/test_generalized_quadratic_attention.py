@@ -12,6 +12,9 @@ import glocal
 
 DIM = 4
 
+# what the contract may hear
+REFUSES = ("GeneralizedQuadraticAttention: has no fast path",)
+
 FAULTS = (
     (
         "autocast rounds distances",

@@ -187,6 +187,9 @@ def test_parameters_are_those_of_focal_attention():
     assert 0.01 < released.pool_layers[0].weight.std() < 0.03  # no mean: overwritten at the end of the construction
 
 
+# what the contract may hear
+REFUSES = ("ReleasedFocalAttention: valid was given, the released code lets padding be seen",)
+
 # planted by scripts/mutate
 FAULTS = (
     ("the ring does not wrap around", "wrap=True", "wrap=False"),

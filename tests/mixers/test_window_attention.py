@@ -178,6 +178,9 @@ def test_weights_hold_one_window_for_each_query(build, tokens):
     assert weights.weights.shape == (2, HEADS, 64, 16)
 
 
+# what the contract may hear
+REFUSES = ("WindowAttention: valid was given, mask_padding=False lets padding be seen",)
+
 # planted by scripts/mutate
 FAULTS = (
     (
