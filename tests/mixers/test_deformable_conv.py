@@ -34,6 +34,16 @@ FAULTS = (
         "rows.repeat_interleave(self._kernel[1], -1)",
         "rows.repeat(1, self._kernel[1])",
     ),
+    (
+        "channels of the offset groups are mixed up on the way out",
+        "(self.offset_groups, taps, -1)).transpose(2, 3)",
+        "(taps, self.offset_groups, -1))",
+    ),
+    (
+        "offset groups are stripes of channels",
+        "source.flatten(1, -2).unflatten(-1, (self.offset_groups, -1))",
+        "source.flatten(1, -2).unflatten(-1, (-1, self.offset_groups)).mT",
+    ),
     ("taps are not dilated", "+ self.dilation * torch.arange(k", "+ torch.arange(k"),
     ("the offsets do not start at zero", "nn.init.zeros_(self.conv_offset.weight)", "pass"),
     ("a second derivative is silently wrong", "out.register_hook(_no_second_derivative)", "pass"),
@@ -57,6 +67,9 @@ CASES = [  # arguments, grid; 4 channels
     ({"groups": 4, "kernel_size": (3, 5), "modulated": False}, (4, 6)),
     ({"groups": 4, "out_dim": 8, "stride": 2, "dilation": 2}, (9, 6)),
     ({"stride": 2}, (1, 1)),
+    ({"offset_groups": 2}, (5, 4)),
+    ({"offset_groups": 4, "groups": 2, "out_dim": 6, "kernel_size": (1, 3), "stride": 2}, (6, 5)),
+    ({"offset_groups": 2, "groups": 4, "modulated": False, "dilation": 2}, (4, 6)),
 ]
 
 
@@ -64,10 +77,10 @@ def spec_of(arguments):
     return f"DeformableConv({', '.join(f'{k}={v}' for k, v in arguments.items())})"
 
 
-def predicted(mixer, x, *, kernel_size=3, stride=1, dilation=1, modulated=True, **others):
-    """Kernel, padding, moves [B, 2K, H, W] and mask [B, K, H, W] of images [B, C, H, W]."""
+def predicted(mixer, x, *, kernel_size=3, stride=1, dilation=1, modulated=True, offset_groups=1, **others):
+    """Kernel, padding, moves [B, 2K, H, W] and mask [B, K, H, W] of images [B, C, H, W]; K of all offset groups."""
     kernel = (kernel_size,) * 2 if isinstance(kernel_size, int) else kernel_size
-    taps, padding = kernel[0] * kernel[1], tuple(dilation * (k // 2) for k in kernel)
+    taps, padding = offset_groups * kernel[0] * kernel[1], tuple(dilation * (k // 2) for k in kernel)
     found = F.conv2d(x, mixer.conv_offset.weight, mixer.conv_offset.bias, stride, padding, dilation)
     assert found.shape[1] == (3 if modulated else 2) * taps
     mask = found[:, 2 * taps :].sigmoid() if modulated else None
@@ -88,7 +101,9 @@ def by_torchvision(mixer, **arguments):
 
 def by_paper(mixer, **arguments):
     """x(p) is the sum over all tokens q of max(0, 1 - |q_y - p_y|) max(0, 1 - |q_x - p_x|) x(q)."""
-    stride, dilation, groups = (arguments.get(name, 1) for name in ("stride", "dilation", "groups"))
+    stride, dilation, groups, apart = (
+        arguments.get(name, 1) for name in ("stride", "dilation", "groups", "offset_groups")
+    )
 
     def oracle(x):
         _, height, width, _ = x.shape
@@ -99,13 +114,17 @@ def by_paper(mixer, **arguments):
             for j in range(moves.shape[3]):
                 for tap in range(kernel[0] * kernel[1]):
                     row, column = divmod(tap, kernel[1])
-                    down = i * stride - padding[0] + dilation * row + moves[:, 2 * tap, i, j]
-                    right = j * stride - padding[1] + dilation * column + moves[:, 2 * tap + 1, i, j]
-                    near = (1 - (torch.arange(height) - down[:, None]).abs()).relu()
-                    beside = (1 - (torch.arange(width) - right[:, None]).abs()).relu()
-                    token = torch.einsum("bh,bw,bhwc->bc", near, beside, x)
-                    if mask is not None:
-                        token = token * mask[:, tap, i, j, None]
+                    read = []
+                    for group, channels in enumerate(x.chunk(apart, -1)):
+                        move = group * kernel[0] * kernel[1] + tap
+                        down = i * stride - padding[0] + dilation * row + moves[:, 2 * move, i, j]
+                        right = j * stride - padding[1] + dilation * column + moves[:, 2 * move + 1, i, j]
+                        near = (1 - (torch.arange(height) - down[:, None]).abs()).relu()
+                        beside = (1 - (torch.arange(width) - right[:, None]).abs()).relu()
+                        read.append(torch.einsum("bh,bw,bhwc->bc", near, beside, channels))
+                        if mask is not None:
+                            read[-1] = read[-1] * mask[:, move, i, j, None]
+                    token = torch.cat(read, -1)
                     weight = mixer.weight[:, :, row, column]
                     parts = [t @ w.T for t, w in zip(token.chunk(groups, -1), weight.chunk(groups, 0), strict=True)]
                     at = torch.zeros_like(y)
@@ -122,7 +141,10 @@ def test_is_torchvisions(build, check, tokens, arguments, grid):
     check(mixer, by_torchvision(mixer, **arguments), tokens(2, *grid, 4))
 
 
-@pytest.mark.parametrize(("arguments", "grid"), [({}, (3, 4)), CASES[4], ({"groups": 2, "dilation": 2}, (4, 3))])
+@pytest.mark.parametrize(
+    ("arguments", "grid"),
+    [({}, (3, 4)), CASES[4], ({"groups": 2, "dilation": 2}, (4, 3)), ({"offset_groups": 2, "groups": 2}, (3, 2))],
+)
 def test_is_the_papers_sum(build, check, tokens, arguments, grid):
     mixer = build(spec_of(arguments), 4)
     check(mixer, by_paper(mixer, **arguments), tokens(2, *grid, 4))
