@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+_ACROSS = tuple(
+    f"tests/test_{what}.py" for what in ("geometry", "arguments", "operator", "mixer", "norm", "projection")
+)  # what holds for many operators: tried where an operator's own tests and its contract notice nothing
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,11 @@ class _Of:
         return Fault(f"src/glocal/{self.file}", old, new, breaks, self.tests)
 
 
-_AGGREGATION = _core("aggregation.py", "test_aggregation.py", "test_mutants.py")
-_PLACES = _core("aggregation.py", "test_aggregation.py", "test_mixer.py")
-_MIXER = _core("mixer.py", "test_mixer.py", "test_spec.py", "test_mutants.py")
-_OPERATOR = _core("operator.py", "test_mixer.py", "test_spec.py", "test_mutants.py")
-_ARGUMENTS = _core("arguments.py", "test_mixer.py", "test_spec.py", "test_mutants.py")
+_AGGREGATION = _core("aggregation.py", "test_aggregation.py")
+_PLACES = _core("aggregation.py", "test_geometry.py")
+_MIXER = _core("mixer.py", "test_mixer.py")
+_OPERATOR = _core("operator.py", "test_operator.py", "test_arguments.py", "test_spec.py")
+_ARGUMENTS = _core("arguments.py", "test_arguments.py", "test_spec.py")
 _BY_PADDING = "test_contract.py -k=padding_changes_nothing"
 _BY_VALID = _core("mixer.py", "mixers/test_convolution.py")
 _BY_CACHE = _core("mixer.py", "test_mixer.py", "mixers/test_self_attention.py")
@@ -56,12 +59,11 @@ _BY_CONTRACT = _core("mixer.py", "test_contract.py -k='declared_cost or shapes_a
 _BY_COUNTING = _core("operator.py", "test_contract.py -k='declared_cost or shapes_are_refused or query_subset'")
 _BY_STATISTICS = _core("operator.py", "mixers/test_dynamic_depthwise_conv.py")
 _SPEC = _core("spec.py", "test_spec.py")
-_INSPECTION = _core("inspection.py", "test_inspection.py", "test_mutants.py")
-_CALLS = _core("inspection.py", "test_mutants.py", "test_inspection.py")
-_GATHERED = _core("kernels/gathered.py", "test_kernels.py", "test_mutants.py")
-_CONTRACT = _core("contract.py", "test_mutants.py")
-_EVIDENCE = _core("evidence.py", "test_mutants.py")
-_LOCAL_SUM = _core("kernels/local_sum.py", "test_kernels.py", "test_mutants.py")
+_INSPECTION = _core("inspection.py", "test_inspection.py")
+_GATHERED = _core("kernels/gathered.py", "test_kernels.py")
+_CONTRACT = _core("contract.py", "test_checks.py")
+_EVIDENCE = _core("evidence.py", "test_checks.py")
+_LOCAL_SUM = _core("kernels/local_sum.py", "test_kernels.py")
 
 _CORE = (
     _AGGREGATION(
@@ -149,7 +151,7 @@ _CORE = (
         "        return self._joined[name]",
         "        self._past[name] = self._joined[name]\n        return self._joined[name]",
     ),
-    _core("mixer.py", "test_mutants.py", "test_mixer.py")(
+    _core("mixer.py", "test_mixer.py")(
         "looks join the caller's cache, so that its next commit takes what was only looked at",
         'return call | {"cache": call["cache"].copy()} if "cache" in call else call',
         "return call",
@@ -159,7 +161,7 @@ _CORE = (
         "elif self._owner != id(mixer):",
         "elif False:",
     ),
-    _core("mixer.py", "test_mutants.py", "test_mixer.py")(
+    _core("mixer.py", "test_mixer.py")(
         "another layer may look into a cache",
         "dict(self._past), self._owner",
         "dict(self._past), None",
@@ -209,7 +211,7 @@ _CORE = (
         "or tuple(valid.shape) not in (tokens, flat):",
         "or valid.numel() != math.prod(tokens):",
     ),
-    _core("arguments.py", "test_mutants.py", "test_mixer.py")(
+    _core("arguments.py", "test_arguments.py")(
         "a flat `valid` is refused where x is none",
         "or tuple(valid.shape) not in (tokens, flat):",
         "or tuple(valid.shape) != tokens:",
@@ -224,17 +226,17 @@ _CORE = (
         "tokens.masked_fill(~valid[..., None] & ~tokens.isfinite(), 0)",
         "tokens",
     ),
-    _core("arguments.py", "test_mutants.py", "test_mixer.py", _BY_PADDING)(
+    _core("arguments.py", "test_arguments.py", _BY_PADDING)(
         "a NaN of a real token is hidden",
         "tokens.masked_fill(~valid[..., None] & ~tokens.isfinite(), 0)",
         "tokens.masked_fill(~tokens.isfinite(), 0)",
     ),
-    _core("operator.py", "test_mutants.py", "mixers/test_self_attention.py", _BY_PADDING)(
+    _core("operator.py", "test_operator.py", "mixers/test_self_attention.py", _BY_PADDING)(
         "what is infinite or NaN in the padding of a source reaches real tokens",
         'call["source"] = finite_outside(source, valid)',
         'call["source"] = source',
     ),
-    _core("operator.py", "test_mutants.py", "mixers/test_self_attention.py")(
+    _core("operator.py", "test_operator.py", "mixers/test_self_attention.py")(
         "with a cache, the padding of new tokens is taken for that of the first",
         "return finite_outside(x, valid[:, past:]), call",
         "return finite_outside(x, valid[:, : valid.shape[1] - past]), call",
@@ -269,7 +271,7 @@ _CORE = (
         "    if not isinstance(value, bool):",
         "    if False:",
     ),
-    _core("arguments.py", "test_mutants.py", "test_mixer.py")(
+    _core("arguments.py", "test_arguments.py")(
         "num_heads and head_dim may contradict each other",
         "head_dim is not None and num_heads * head_dim != dim:",
         "head_dim is not None and num_heads * head_dim < 0:",
@@ -395,7 +397,7 @@ _CORE = (
         "            for part, training in self._modes:\n                part.training = training\n",
         "",
     ),
-    _core("inspection.py", "test_mixer.py -k=frozen", "test_mutants.py")(
+    _core("inspection.py", "test_operator.py -k=frozen")(
         "a frozen batch norm is looked at in the mode of its mixer",
         "            for part, training in self._modes:\n                part.training = training\n",
         "            self.mixer.train(self._modes[0][1])\n",
@@ -405,7 +407,7 @@ _CORE = (
         "            modes_kept(self.mixer),\n",
         "",
     ),
-    _CALLS(
+    _INSPECTION(
         "a call under autocast is looked at without",
         "            torch.autocast(self.output.device.type, dtype, enabled),\n",
         "",
@@ -415,7 +417,7 @@ _CORE = (
         "TOLERANCE.get(dtype if enabled else self.output.dtype, 1e-4)",
         "TOLERANCE.get(self.output.dtype, 1e-4)",
     ),
-    _CALLS(
+    _INSPECTION(
         "a call in inference mode is looked at outside",
         "            torch.inference_mode(self.output.is_inference()),\n",
         "",
@@ -435,7 +437,7 @@ _CORE = (
         "if not part.training:",
         "if False:",
     ),
-    _CALLS(
+    _INSPECTION(
         "the statistics that a call in training moves are taken for a change",
         "if not part.training:",
         "if True:",
@@ -608,7 +610,7 @@ _NORM = _shared("_norm.py", "test_dynamic_depthwise_conv.py", "test_inhomogeneou
 _WINDOWS = _shared("_grid.py", "test_window_attention.py", "test_local_mlp.py")
 _ATTENTION = _shared("_attention.py", "test_self_attention.py")
 _FOCAL = _shared("_focal.py", "test_focal_attention.py", "test_released_focal_attention.py")
-_ADAPTED = _core("mixers/_attention.py", "test_mixer.py", "test_mutants.py")
+_ADAPTED = _core("mixers/_attention.py", "test_projection.py")
 _SHARED = (
     _TAPS(
         "a stride starts at its last position",
@@ -655,22 +657,22 @@ _SHARED = (
         "if count == 1:",
         "if count == 0:",
     ),
-    _core("mixers/_norm.py", "test_mixer.py", "test_mutants.py")(
+    _core("mixers/_norm.py", "test_norm.py")(
         "a batch of padding alone divides by nothing",
         "total = count.clamp(min=1)",
         "total = count",
     ),
-    _core("mixers/_norm.py", "test_mixer.py", "test_mutants.py")(
+    _core("mixers/_norm.py", "test_norm.py")(
         "a batch of padding alone moves the statistics",
         "None if valid is None else count > 1)",
         "None)",
     ),
-    _core("mixers/_norm.py", "test_mutants.py", "test_mixer.py")(
+    _core("mixers/_norm.py", "test_norm.py")(
         "one real value moves the statistics",
         "None if valid is None else count > 1)",
         "None if valid is None else count > 0)",
     ),
-    _core("mixers/_norm.py", "test_mixer.py")(
+    _core("mixers/_norm.py", "test_norm.py")(
         "a synchronised batch norm counts padding, and moves when looked at",
         "if norm.training and (valid is not None or not update):",
         "if False:",
@@ -690,7 +692,7 @@ _SHARED = (
         "torch.where(index < 0, tokens.shape[1], index))",
         "torch.where(index < 0, tokens.shape[1] - 1, index))",
     ),
-    _core("mixers/_grid.py", "test_mutants.py", "mixers/test_local_mlp.py", "mixers/test_window_attention.py")(
+    _core("mixers/_grid.py", "test_geometry.py", "mixers/test_local_mlp.py", "mixers/test_window_attention.py")(
         "empty places take the NaN of another token, by multiplying it with zero",
         "return pick(torch.cat([tokens, zero], 1), torch.where(index < 0, tokens.shape[1], index))",
         "return pick(tokens, index.clamp(min=0)) * (index >= 0).view(*index.shape, *[1] * (tokens.dim() - 2))",
@@ -720,7 +722,7 @@ _SHARED = (
         "(place >= count * window - shift).long()",
         "0",
     ),
-    _core("mixers/_grid.py", "mixers/test_window_attention.py", "test_mutants.py")(
+    _core("mixers/_grid.py", "test_geometry.py")(
         "real tokens with a hole between them are taken for a rectangle",
         "if not torch.compiler.is_compiling() and not valid.is_meta and not torch.equal(inside, valid):",
         "if False:",
@@ -1101,7 +1103,7 @@ def _of_tests() -> Iterator[Fault]:
         for file, faults in (found if isinstance(found, dict) else {own: found}).items():
             source, tests = _place(file), (f"tests/{relative}",)
             if file.startswith("mixers/"):
-                tests += (*_contract(source), "tests/test_mutants.py", "tests/test_mixer.py")
+                tests += (*_contract(source), *_ACROSS)
             yield from (Fault(source, old, new, breaks, tests) for breaks, old, new in faults)
 
 

@@ -1,4 +1,4 @@
-"""What every test needs: the same random numbers each time, one thread per worker, a GPU where it asks for one."""
+"""What every test needs, and what several ask for: the same random numbers each time, one thread, a GPU, a study."""
 
 import os
 
@@ -12,6 +12,41 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Holds a small data set, `data`."""
+    from .small_study import write_digits
+
+    write_digits(tmp_path / "data")
+    return tmp_path
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Comparisons run without worker processes and in small networks; gives the labels of what was trained."""
+    from glocal import compare, training
+
+    trained = []
+
+    def run_all(jobs, data, progress, workers=None):
+        for i, job in jobs.items():
+            trained.append(job.label)
+            training.train(job.config, data[job.config.data.source], job.folder)
+            yield i
+
+    monkeypatch.setattr(compare, "run_all", run_all)
+    monkeypatch.setattr("glocal.candidates._BASE_DIMS", (32, 32, 32, 32))
+    return trained
 
 
 def pytest_runtest_setup(item):

@@ -256,3 +256,14 @@ def test_wrong_shapes_are_refused():
         glocal.aggregate(a, torch.randn(B, 4, G, D))
     with pytest.raises(ValueError, match=r"(?s)2.*3|3.*2"):
         glocal.aggregate(a, torch.randn(B, M, 2, D))
+
+
+@pytest.mark.parametrize("infinite", [0, 1, -1])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_slot_outside_takes_nothing_from_infinite_values(infinite, groups):
+    """Whatever source stands in for -1, it is not read: zero times infinity would be NaN."""
+    index = torch.tensor([[-1, 2], [2, -1], [-1, -1]]).expand(1, groups, 3, 2)
+    values = torch.randn(1, 4, groups, 3)
+    expected = torch.stack([values[:, 2], values[:, 2], torch.zeros(1, groups, 3)], 1).flatten(2)
+    values[:, infinite] = float("inf")
+    torch.testing.assert_close(glocal.aggregate(make(torch.ones(1, groups, 3, 2), index, 4, 3), values), expected)

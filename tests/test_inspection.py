@@ -149,3 +149,77 @@ def test_a_moved_buffer_is_named():
     mixer.bn.running_mean.add_(1)
     with pytest.raises(ValueError, match=r"its buffer bn.running_mean was changed in place"):
         seen.calls[0].weights()
+
+
+def test_an_output_changed_in_place_is_refused():
+    mixer = glocal.build("AveragePooling()", 8)
+    with glocal.inspect(mixer) as seen:
+        mixer(torch.randn(2, 4, 3, 8)).mul_(2)
+    with pytest.raises(ValueError, match="AveragePooling: its output was changed in place"):
+        seen["AveragePooling"][0].weights()
+
+
+@pytest.mark.parametrize("then", [False, True])
+def test_a_call_is_looked_at_in_its_own_mode_and_the_mixer_stays_in_its(then):
+    """Batch norm makes the modes differ."""
+    mixer = glocal.build("DynamicDepthwiseConv(kernel_size=3)", 8).train(not then)
+    x = torch.randn(3, 4, 5, 8)
+    expected = mixer.weights(x).weights
+    with glocal.inspect(mixer) as seen:
+        mixer(x)
+    mixer.train(then)
+    (call,) = seen
+    if then:  # statistics have not moved since
+        assert not torch.allclose(mixer.weights(x).weights, expected)
+    torch.testing.assert_close(call.weights().weights, expected)
+    assert all(module.training == then for module in mixer.modules())
+
+
+@pytest.mark.parametrize("then", [False, True])
+def test_a_call_is_looked_at_in_its_own_precision(then):
+    """Bit for bit the weights of that precision, whether the look is under autocast or not."""
+    mixer, x = glocal.build("SelfAttention(num_heads=2)", 8), torch.randn(2, 9, 8)
+    with torch.autocast("cpu", torch.bfloat16, enabled=not then):
+        expected = mixer.weights(x).weights
+        with glocal.inspect(mixer) as seen:
+            mixer(x)
+    with torch.autocast("cpu", torch.bfloat16, enabled=then):
+        assert not torch.equal(mixer.weights(x).weights, expected)
+        found = seen["SelfAttention"][0].weights().weights
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("spec", ["SelfAttention(num_heads=2)", "InhomogeneousDepthwiseConv(num_groups=2)"])
+@pytest.mark.parametrize("then", [False, True])
+def test_a_call_in_inference_mode_is_looked_at_in_inference_mode(spec, then):
+    """Its tensors can be part of no graph; those of any other call can, whatever the mode of the look."""
+    mixer, x = glocal.build(spec, 8).eval(), torch.randn(2, 4, 4, 8)
+    expected = mixer.weights(x).weights
+    with torch.inference_mode(not then), glocal.inspect(mixer) as seen:
+        mixer(x.clone())
+    with torch.inference_mode(then):
+        found = seen.calls[0].weights().weights
+    torch.testing.assert_close(found, expected)
+    assert found.is_inference() != then
+    assert found.requires_grad == then
+
+
+def test_a_later_call_in_training_does_not_hide_an_earlier_one():
+    """It moves the batch norm's statistics, on which weights in training do not depend."""
+    mixer = glocal.build("InhomogeneousDepthwiseConv(kernel_size=3, num_groups=2)", 8).train()
+    first, second = torch.randn(2, 2, 4, 4, 8)
+    expected = mixer.weights(first).weights
+    with glocal.inspect(mixer) as seen:
+        mixer(first)
+        mixer(second)
+    torch.testing.assert_close(seen.calls[0].weights().weights, expected)
+
+
+def test_queries_of_a_call_for_some_queries():
+    mixer, x = glocal.build("SelfAttention(num_heads=2)", 8), torch.randn(2, 9, 8)
+    with glocal.inspect(mixer) as seen:
+        mixer(x, queries=torch.tensor([7, 3, 5]))
+    found = seen["SelfAttention"][0].weights(torch.tensor([2, 0]))
+    torch.testing.assert_close(found.weights, mixer.weights(x).weights[:, :, [5, 7]])
+    assert found.query_positions.tolist() == [[5], [7]]

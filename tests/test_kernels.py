@@ -10,7 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from glocal.kernels import gathered_scores, gathered_sum, local_sum
 
 B, N, M, G, D, K = 2, 4, 5, 2, 3, 3
+
+
 INDEX = torch.tensor([[0, 4, -1], [2, 2, 1], [-1, -1, -1], [3, 0, 4]])
+
+
 INDICES = (INDEX[None], torch.stack([INDEX, INDEX.flip(0)]))
 
 
@@ -129,3 +133,42 @@ def test_local_sum_refuses_what_does_not_fit():
         local_sum(random(2, 5, 4, 4), random(1, 1, 1, 4, 16))
     with pytest.raises(ValueError, match="3 groups do not divide the 4 channels"):
         local_sum(random(2, 5, 4, 4), random(1, 1, 1, 3, 9))
+
+
+def test_kernels_sum_in_float32():
+    """In bfloat16, 256 + 1 is 256 again: a running sum of that width would never leave it."""
+    ones = torch.ones(25, dtype=torch.bfloat16)
+    terms = torch.cat([256 * ones[:1], ones[1:]])
+    first = torch.zeros(1, 1, 25, dtype=torch.int64)
+    assert gathered_sum(terms.view(1, 1, 1, 25), ones.view(1, 25, 1, 1), first).item() == 280
+    scattered = torch.ops.glocal.gathered_scatter(
+        ones.view(1, 25, 1, 1), terms.view(1, 25, 1, 1), first.view(1, 25, 1), 1
+    )
+    assert scattered.item() == 280
+    assert local_sum(ones.view(1, 5, 5, 1), terms.view(1, 1, 1, 1, 25))[0, 2, 2].item() == 280
+    assert local_sum(ones.view(1, 5, 5, 1), terms.view(1, 1, 1, 1, 25)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("infinite", [float("inf"), float("nan")])
+def test_an_empty_slot_of_a_kernel_takes_nothing_from_what_is_infinite(infinite):
+    """Neither from the other factor of the slot nor from a source that is read in its stead."""
+    index = torch.tensor([[[0, -1], [2, 1], [-1, 1]]])
+    full = (index >= 0).unsqueeze(2)  # [1, N, G, K]
+    some, sources = torch.randn(1, 3, 1, 4), torch.randn(1, 3, 1, 4)
+    weights = torch.randn(1, 3, 1, 2).masked_fill(~full, infinite)
+
+    unread = some.clone()
+    unread[:, 2] = infinite  # of its slots one is empty
+    assert gathered_scores(unread, sources, index)[0, 2, 0, 0] == 0
+    assert gathered_scores(unread, sources, index)[0, :2].isfinite().all()
+
+    picked = sources[0, index[0].clamp(min=0), 0]  # [N, K, D]
+    expected = (weights[0, :, 0].masked_fill(index[0] < 0, 0)[..., None] * picked).sum(1)
+    torch.testing.assert_close(gathered_sum(weights, sources, index)[0, :, 0], expected)
+    sources[:, 0] = infinite  # read by the first query only
+    torch.testing.assert_close(gathered_sum(weights, sources, index)[0, 1:, 0], expected[1:])
+
+    spread = torch.zeros(3, 4)
+    for query, slot in full[0, :, 0].nonzero().tolist():
+        spread[index[0, query, slot]] += weights[0, query, 0, slot] * some[0, query, 0]
+    torch.testing.assert_close(torch.ops.glocal.gathered_scatter(weights, some, index, 3)[0, :, 0], spread)

@@ -1,11 +1,11 @@
-"""The interface: arguments that are checked once for all operators, the choice of path, the cache."""
+"""The interface of operators with weights: the choice of path, looks, the cache, what PyTorch does with a module."""
 
 import pytest
 import torch
 from torch import nn
 
 import glocal
-import glocal.contract
+import glocal.mixers
 from glocal import Cache, TokenMixer, Unsupported
 
 X = torch.randn(2, 5, 4, 8)
@@ -15,72 +15,11 @@ def mixer(spec="SelfAttention(num_heads=2)"):
     return glocal.build(spec, 8).eval()
 
 
-@pytest.mark.parametrize(
-    ("spec", "call", "words"),
-    [
-        ("DepthwiseConv(kernel_size=3)", {"source": X}, ["DepthwiseConv", "source"]),
-        ("DepthwiseConv(kernel_size=3)", {"pos_embed": X}, ["DepthwiseConv", "pos_embed"]),
-        ("DepthwiseConv(kernel_size=3)", {"cache": Cache()}, ["DepthwiseConv", "cache"]),
-        ("SelfAttention(num_heads=2)", {"source": torch.zeros(3, 5, 8)}, ["source", "3 images", "2"]),
-        ("SelfAttention(num_heads=2)", {"source": torch.zeros(2, 5, 7)}, ["source", "7", "8"]),
-        ("SelfAttention(num_heads=2)", {"valid": torch.ones(2, 5, 4)}, ["valid", "torch.float32", "torch.bool"]),
-        ("SelfAttention(num_heads=2)", {"valid": torch.ones(2, 4, 4) > 0}, ["valid", "(2, 4, 4)", "(2, 5, 4)"]),
-        ("SelfAttention(num_heads=2)", {"pos_embed": X[..., :3]}, ["pos_embed", "3", "8"]),
-        ("SelfAttention(num_heads=2)", {"grid": (5, 4)}, ["grid", "(5, 4)"]),
-        ("SelfAttention(num_heads=2)", {"cache": Cache()}, ["cache", "causal"]),
-        ("SelfAttention(num_heads=2, causal=True)", {"source": X}, ["source", "causal"]),
-    ],
-)  # fmt: skip
-def test_arguments_that_make_no_sense_are_refused(spec, call, words):
-    m = mixer(spec)
-    for path in (m, m.weights, m.reference):
-        with pytest.raises(ValueError) as raised:
-            path(X, **call)
-        for word in words:
-            assert word in str(raised.value)
-
-
-def test_an_unknown_call_argument_is_a_type_error():
-    with pytest.raises(TypeError, match="mask"):
-        mixer().weights(X, mask=None)
-    with pytest.raises(TypeError, match="mask"):
-        mixer()(X, mask=None)
-
-
-def test_class_tokens_need_an_operator_that_has_a_place_for_them():
-    flat = torch.randn(2, 1 + 20, 8)
-    with pytest.raises(ValueError, match="class token"):
-        mixer("DepthwiseConv(kernel_size=3)")(flat, grid=(5, 4))
-    found = mixer().weights(flat, grid=(5, 4))
-    assert found.source_grid == (5, 4)
-    assert found.query_positions[0].isnan().all()
-    assert found.query_positions[1:].tolist() == [[i, j] for i in range(5) for j in range(4)]
-
-
-def test_a_flat_grid_without_class_tokens_is_the_grid():
-    m = mixer("DepthwiseConv(kernel_size=3)")
-    torch.testing.assert_close(m(X.flatten(1, 2), grid=(5, 4)), m(X).flatten(1, 2))
-    valid = torch.ones(2, 20, dtype=torch.bool)
-    valid[1, 7:] = False
-    torch.testing.assert_close(
-        m(X.flatten(1, 2), grid=(5, 4), valid=valid), m(X, valid=valid.view(2, 5, 4)).flatten(1, 2)
-    )
-
-
 def test_cross_attention_has_no_places_in_common():
     found = mixer().weights(X, torch.randn(2, 7, 8))
     assert found.dense().shape == (2, 2, 20, 7)
     assert found.query_positions.isnan().all()
     assert found.source_grid == (7,)
-
-
-def test_a_strided_operator_places_sources_in_tokens_of_the_query_grid():
-    found = mixer("DepthwiseConv(kernel_size=3, stride=2)").weights(X)
-    assert found.out_grid == (3, 2)
-    assert found.query_positions[:3].tolist() == [[0, 0], [0, 1], [1, 0]]
-    assert found.source_positions[:6].tolist() == [[0, 0], [0, 0.5], [0, 1], [0, 1.5], [0.5, 0], [0.5, 0.5]]
-    pooled = mixer("AveragePooling(kernel_size=2, stride=2)").weights(X)
-    assert pooled.source_positions[:2].tolist() == [[-0.25, -0.25], [-0.25, 0.25]]
 
 
 def test_impl_chooses_the_path():
@@ -185,37 +124,6 @@ def test_a_wrong_impl_is_refused():
         m(X)
 
 
-@pytest.mark.parametrize("queries", [torch.ones(20) > 0, torch.zeros(2, 3).long(), torch.zeros(3)])
-def test_queries_are_positions(queries):
-    with pytest.raises(ValueError, match="SelfAttention: queries has shape"):
-        mixer().weights(X, queries=queries)
-
-
-def test_positions_have_the_shape_of_the_tokens():
-    m, pos = mixer(), torch.randn(5, 4, 8)
-    torch.testing.assert_close(m(X, pos_embed=pos), m(X, pos_embed=pos.expand_as(X)))
-    flat = mixer("RelativeAttention(num_heads=2, grid_size=(5, 4))")
-    flat_pos = pos.flatten(0, 1)[None]
-    out = flat(X.flatten(1, 2), grid=(5, 4), pos_embed=flat_pos)
-    torch.testing.assert_close(out, flat(X, pos_embed=pos).flatten(1, 2))
-    for wrong in (torch.randn(8), torch.randn(4, 8), torch.randn(4, 5, 8), torch.randn(3, 5, 4, 8)):
-        with pytest.raises(ValueError, match="SelfAttention: pos_embed has shape"):
-            m(X, pos_embed=wrong)
-
-
-def test_a_transposed_mask_is_refused():
-    with pytest.raises(ValueError, match=r"valid has shape \(2, 4, 5\)"):
-        mixer()(X, valid=torch.ones(2, 4, 5, dtype=torch.bool))
-
-
-def test_a_sequence_without_tokens_is_refused():
-    for name in glocal.available():
-        for spec in getattr(glocal.mixers, name).examples:
-            m = glocal.build(spec, 32)
-            with pytest.raises(ValueError, match="no tokens"):
-                m(torch.zeros(2, *[0] * (m.rank or 1), 32))
-
-
 def test_a_cache_belongs_to_one_layer():
     first, second = (mixer("SelfAttention(num_heads=2, causal=True)") for _ in range(2))
     cache = Cache()
@@ -230,40 +138,27 @@ def test_a_cache_belongs_to_one_layer():
     assert len(cache) == 1
 
 
-def test_an_adapted_projection_is_called():
-    """As LoRA, quantisation and hooks on `qkv` need it."""
-
-    class Adapted(nn.Linear):
-        def forward(self, tokens):
-            return super().forward(tokens) + 1
-
-    m = mixer()
-    plain, adapted = m(X), Adapted(8, 24)
-    adapted.load_state_dict(m.qkv.state_dict())
-    m.qkv = adapted
-    shifted = mixer()
-    shifted.load_state_dict(m.state_dict())
-    with torch.no_grad():
-        shifted.qkv.bias += 1
-    torch.testing.assert_close(m(X), shifted(X))
-    assert not torch.allclose(m(X), plain)
-    seen = []
-    shifted.qkv.register_forward_hook(lambda module, args, out: seen.append(out.shape))
-    torch.testing.assert_close(shifted(X), m(X))
-    assert seen
+def test_another_layer_may_not_look_into_a_cache():
+    first, second = (glocal.build("SelfAttention(num_heads=2, causal=True)", 8) for _ in range(2))
+    cache, token = glocal.Cache(), torch.randn(2, 1, 8)
+    first(token, cache=cache)
+    for look in (second.weights, second.scores):
+        with pytest.raises(ValueError, match="another layer"):
+            look(token, cache=cache)
+    with pytest.raises(ValueError, match="another layer"):
+        second(token, cache=cache.copy())
+    assert first.weights(token, cache=cache.copy()).num_sources == 2
 
 
-def test_an_operator_is_final_and_names_what_it_takes():
-    with pytest.raises(TypeError, match="SelfAttention is final"):
-
-        class More(glocal.mixers.SelfAttention):
-            pass
-
-    with pytest.raises(TypeError, match="vaild"):
-
-        class Misspelt(TokenMixer):
-            def weights(self, x, *, vaild=None):
-                return None
+@pytest.mark.parametrize("look", ["weights", "scores"])
+def test_what_was_only_looked_at_is_never_remembered(look):
+    """Not even by the next commit, whoever asks for it."""
+    mixer, x = glocal.build("SelfAttention(num_heads=2, causal=True)", 8), torch.randn(2, 3, 8)
+    cache = glocal.Cache()
+    mixer(x[:, :2], cache=cache)
+    getattr(mixer, look)(torch.randn(2, 1, 8), cache=cache)
+    cache.commit()
+    torch.testing.assert_close(mixer(x[:, 2:], cache=cache), mixer(x)[:, 2:])
 
 
 @pytest.mark.parametrize("name", glocal.available())
@@ -281,46 +176,3 @@ def test_transforms_of_torch_func(name):
         image = image.clone().requires_grad_()
         m(image[None]).square().sum().backward()
         torch.testing.assert_close(one, image.grad)
-
-
-def test_every_operator_compiles_by_itself_in_one_process():
-    """torch.compile counts recompilations by code object, eight at most."""
-    torch._dynamo.reset()
-    for spec in glocal.contract.examples()[:12]:
-        m = glocal.build(spec, 32).eval()
-        x = torch.randn(2, *[8] * (m.rank or 2), 32)
-        torch.compile(m, backend="eager", fullgraph=True)(x)
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("name", ["DynamicDepthwiseConv", "InhomogeneousDepthwiseConv"])
-def test_a_frozen_batch_norm_stays_frozen(name):
-    m = glocal.build(f"{name}(kernel_size=3)", 32).train()
-    m.bn.eval()
-    m.counted_macs((8, 8))
-    with glocal.inspect(m) as seen:
-        m(torch.randn(2, 8, 8, 32))
-    seen.calls[0].weights()
-    assert m.training
-    assert not m.bn.training
-
-
-@pytest.mark.parametrize("name", ["DynamicDepthwiseConv", "InhomogeneousDepthwiseConv"])
-def test_a_batch_of_padding_alone_moves_no_statistics(name):
-    m = glocal.build(f"{name}(kernel_size=3)", 32).train()
-    out = m(torch.randn(2, 8, 8, 32), valid=torch.zeros(2, 8, 8, dtype=torch.bool))
-    assert out.isfinite().all()
-    assert torch.equal(m.bn.running_mean, torch.zeros(8))
-    assert torch.equal(m.bn.running_var, torch.ones(8))
-
-
-@pytest.mark.parametrize("name", ["DynamicDepthwiseConv", "InhomogeneousDepthwiseConv"])
-def test_converted_to_synchronised_batch_norm(name):
-    m = glocal.build(f"{name}(kernel_size=3)", 32).eval()
-    x = torch.randn(2, 8, 8, 32)
-    expected = m(x)
-    converted = nn.SyncBatchNorm.convert_sync_batchnorm(m)
-    assert isinstance(converted.bn, nn.SyncBatchNorm)
-    torch.testing.assert_close(converted(x), expected)
-    with pytest.raises(ValueError, match="SyncBatchNorm: in training"):
-        converted.train().weights(x)

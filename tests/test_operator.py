@@ -1,14 +1,15 @@
-"""Ordinary modules: the same call, checks, text and cost as a token mixer, and no weights."""
+"""What every operator is: one call, whatever the tokens, the source and the padding; ordinary modules too."""
 
 import pytest
 import torch
 from torch import nn
 
 import glocal
-from glocal import contract
+from glocal import TokenMixer, contract
 from glocal.operator import TokenModule
 
 DIM = contract.DIM
+X = torch.randn(2, 5, 4, 8)
 
 FILE = """
 import torch
@@ -70,6 +71,10 @@ class Shrinks(TokenModule):
 def spec(tmp_path):
     (tmp_path / "mine.py").write_text(FILE)
     return lambda call: f"{tmp_path}/mine.py:{call}"
+
+
+def mixer(spec="SelfAttention(num_heads=2)"):
+    return glocal.build(spec, 8).eval()
 
 
 @pytest.mark.parametrize("call", ["Blend(share=0.25)", "Shrinks()"])
@@ -144,3 +149,106 @@ def test_statistics_move_only_in_a_call():
     assert normed.norm.num_batches_tracked == 1
     normed.eval()(torch.randn(2, 3, 4))
     assert normed.norm.num_batches_tracked == 1
+
+
+def test_an_unknown_call_argument_is_a_type_error():
+    with pytest.raises(TypeError, match="mask"):
+        mixer().weights(X, mask=None)
+    with pytest.raises(TypeError, match="mask"):
+        mixer()(X, mask=None)
+
+
+def test_class_tokens_need_an_operator_that_has_a_place_for_them():
+    flat = torch.randn(2, 1 + 20, 8)
+    with pytest.raises(ValueError, match="class token"):
+        mixer("DepthwiseConv(kernel_size=3)")(flat, grid=(5, 4))
+    found = mixer().weights(flat, grid=(5, 4))
+    assert found.source_grid == (5, 4)
+    assert found.query_positions[0].isnan().all()
+    assert found.query_positions[1:].tolist() == [[i, j] for i in range(5) for j in range(4)]
+
+
+def test_a_flat_grid_without_class_tokens_is_the_grid():
+    m = mixer("DepthwiseConv(kernel_size=3)")
+    torch.testing.assert_close(m(X.flatten(1, 2), grid=(5, 4)), m(X).flatten(1, 2))
+    valid = torch.ones(2, 20, dtype=torch.bool)
+    valid[1, 7:] = False
+    torch.testing.assert_close(
+        m(X.flatten(1, 2), grid=(5, 4), valid=valid), m(X, valid=valid.view(2, 5, 4)).flatten(1, 2)
+    )
+
+
+def test_an_operator_is_final_and_names_what_it_takes():
+    with pytest.raises(TypeError, match="SelfAttention is final"):
+
+        class More(glocal.mixers.SelfAttention):
+            pass
+
+    with pytest.raises(TypeError, match="vaild"):
+
+        class Misspelt(TokenMixer):
+            def weights(self, x, *, vaild=None):
+                return None
+
+
+def test_every_operator_compiles_by_itself_in_one_process():
+    """torch.compile counts recompilations by code object, eight at most."""
+    torch._dynamo.reset()
+    for spec in contract.examples()[:12]:
+        m = glocal.build(spec, 32).eval()
+        x = torch.randn(2, *[8] * (m.rank or 2), 32)
+        torch.compile(m, backend="eager", fullgraph=True)(x)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["DynamicDepthwiseConv", "InhomogeneousDepthwiseConv"])
+def test_a_frozen_batch_norm_stays_frozen(name):
+    m = glocal.build(f"{name}(kernel_size=3)", 32).train()
+    m.bn.eval()
+    m.counted_macs((8, 8))
+    with glocal.inspect(m) as seen:
+        m(torch.randn(2, 8, 8, 32))
+    seen.calls[0].weights()
+    assert m.training
+    assert not m.bn.training
+
+
+def test_positions_of_a_source_have_its_shape():
+    mixer, x, source = glocal.build("SelfAttention(num_heads=2)", 8), torch.randn(2, 3, 8), torch.randn(2, 5, 8)
+    with pytest.raises(ValueError, match=r"source_pos_embed has shape \(2, 3, 8\)"):
+        mixer(x, source, source_pos_embed=torch.randn(2, 3, 8))
+    positions = torch.randn(5, 8)
+    q, k = mixer.qkv(x)[..., :8], mixer.qkv(source + positions)[..., 8:16]
+    scores = torch.einsum("bngd,bmgd->bgnm", q.unflatten(-1, (2, 4)), k.unflatten(-1, (2, 4))) / 2
+    torch.testing.assert_close(mixer.weights(x, source, source_pos_embed=positions).weights, scores.softmax(-1))
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("rubbish", [float("nan"), float("inf"), 1e30])
+def test_padding_of_another_source_may_hold_anything(impl, rubbish):
+    mixer, x, source = glocal.build("SelfAttention(num_heads=2)", 8), torch.randn(2, 3, 8), torch.randn(2, 5, 8)
+    mixer.impl = impl
+    valid = torch.arange(5) < torch.tensor([[5], [2]])
+    source = source.masked_fill(~valid[..., None], rubbish)
+    out = mixer(x, source, valid=valid)
+    torch.testing.assert_close(out[:1], mixer(x[:1], source[:1]))
+    torch.testing.assert_close(out[1:], mixer(x[1:], source[1:, :2]))
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.sum(), list(mixer.parameters())))
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("steps", [(4,), (1, 3), (2, 1, 1)])
+@pytest.mark.parametrize("real", [[2, 3], [0, 2, 3]])
+def test_padding_before_and_behind_a_cache_may_hold_anything(impl, steps, real):
+    """`valid` is that of all tokens so far, those that a call brings are its last."""
+    mixer, x = glocal.build("SelfAttention(num_heads=2, causal=True)", 8), torch.randn(2, 4, 8)
+    mixer.impl = impl
+    valid = torch.ones(2, 4, dtype=torch.bool)
+    valid[1] = torch.isin(torch.arange(4), torch.tensor(real))
+    x = x.masked_fill(~valid[..., None], float("nan"))
+    cache, rows = glocal.Cache(), []
+    for end, step in zip(torch.tensor(steps).cumsum(0).tolist(), steps, strict=True):
+        rows.append(mixer(x[:, end - step : end], valid=valid[:, :end], cache=cache))
+    out = torch.cat(rows, 1)
+    torch.testing.assert_close(out[:1], mixer(x[:1]))
+    torch.testing.assert_close(out[1:, real], mixer(x[1:, real]))

@@ -53,14 +53,6 @@ class Silent(Progress):
         self.hooks.get("epoch", lambda: None)()
 
 
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_workers_give_what_one_thread_gives(tmp_path, one_thread):
     planned = jobs(tmp_path / "workers")
     assert sorted(running.run_all(planned, DATA, Silent(4), workers=2)) == [0, 1, 2, 3]

@@ -1,12 +1,8 @@
-"""The loop: deterministic, with the recipe it states, exact after an interruption, loud when a loss is not finite."""
+"""The loop: deterministic, with the recipe it states, loud when a loss is not finite."""
 
 import dataclasses
 import itertools
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,69 +10,13 @@ import torch.nn.functional as F
 import yaml
 from safetensors.torch import load_file, save_file
 
-import glocal
-from glocal import checkpoint, training
+from glocal import training
 from glocal.backbone import Backbone
 from glocal.checkpoint import CheckpointError
-from glocal.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from glocal.data import ImageData
-from glocal.data.splits import fold, fraction, hold_out
-from glocal.runs import identity, images_of
 
+from .small_run import StopAt, easy, numbers, run, weights
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def easy(train=64, test=20, chans=1):
-    """Two classes told apart by which half is bright."""
-    generator = torch.Generator().manual_seed(5)
-    images = torch.randint(0, 60, (train + test, chans, 8, 8), dtype=torch.uint8, generator=generator)
-    labels = torch.arange(train + test) % 2
-    images[labels == 1, :, :, :4] += 150
-    images[labels == 0, :, :, 4:] += 150
-    return ImageData("easy", images[:train], labels[:train], images[train:], labels[train:], ("right", "left"), "probe")
-
-
-def run(**recipe):
-    config = {"epochs": 3, "batch_size": 16, "lr": 3e-3} | recipe
-    return RunConfig(DataConfig("easy"), ModelConfig("C-T", dims=(32, 32)), TrainConfig(**config))
-
-
-def numbers(result):
-    return [(epoch.train_loss, epoch.test_accuracy) for epoch in result.epochs]
-
-
-def weights(folder):
-    return load_file(folder / "weights.safetensors")
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-class Stop(Exception):
-    """Ends a run from outside."""
-
-
-class StopAt:
-    """A listener that ends the run after a step."""
-
-    def __init__(self, step):
-        self.at = step
-        self.steps, self.epochs = [], []
-
-    def step(self, done, steps):
-        self.steps.append((done, steps))
-        if done == self.at:
-            raise Stop
-
-    def epoch(self, result):
-        self.epochs.append(result)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_it_learns():
@@ -258,151 +198,6 @@ def test_a_runs_folder(tmp_path):
     assert result.test_loss == pytest.approx(kept["loss"].mean().item())
 
 
-def test_a_finished_run_is_not_repeated(tmp_path, monkeypatch):
-    first = training.train(run(), easy(), tmp_path / "run")
-    monkeypatch.setattr(training, "build_model", None)
-    assert training.train(run(), easy(), tmp_path / "run") == first
-    moved = dataclasses.replace(run(), data=DataConfig("elsewhere"))
-    assert training.train(moved, easy(), tmp_path / "run") == first  # the images count, not where they lie
-
-
-@pytest.mark.parametrize("of", ["config", "images"])
-def test_a_folder_of_another_run_is_refused(tmp_path, of):
-    training.train(run(epochs=1), easy(), tmp_path / "run")
-    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    config, data = (run(epochs=2), easy()) if of == "config" else (run(epochs=1), easy(test=24))
-    said = "train.epochs is 1 there, 2 here" if of == "config" else "images is"
-    with pytest.raises(CheckpointError, match=rf"holds another run \({said}"):
-        training.train(config, data, tmp_path / "run")
-    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
-
-
-RECIPES = {
-    "plain": {},
-    "everything": {
-        "ema": 0.9, "mixup": 0.2, "cutmix": 1.0, "randaugment": 1, "crop_padding": 1, "flip": True,
-        "class_balanced": True,
-    },
-    "bf16": {"precision": "bf16"},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("stop", [1, 3, 4, 6, 12])
-def test_an_interrupted_run_goes_on_exactly(tmp_path, recipe, stop):
-    config = run(epochs=3, **RECIPES[recipe])
-    whole = training.train(config, easy(), tmp_path / "whole")
-    with pytest.raises(Stop):
-        training.train(config, easy(), tmp_path / "cut", listener=StopAt(stop), checkpoint_seconds=0)
-    state = torch.get_rng_state()
-    listener = StopAt(None)
-    cut = training.train(config, easy(), tmp_path / "cut", listener=listener)
-    assert torch.equal(torch.get_rng_state(), state)
-    # the state after an epoch is kept when its test is done, which here it was not
-    assert [done for done, _ in listener.steps] == list(range(stop + (stop % 4 != 0), 13))
-    assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
-    assert numbers(cut) == numbers(whole) and cut.peak_memory == whole.peak_memory
-    assert (cut.train_loss, cut.test_loss) == (whole.train_loss, whole.test_loss)
-    assert not (tmp_path / "cut" / "checkpoints").exists()
-
-
-def test_stochastic_depth_goes_on_exactly(tmp_path):
-    config = run(epochs=2)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, drop_path=0.5, layer_scale=1e-3))
-    training.train(config, easy(), tmp_path / "whole")
-    with pytest.raises(Stop):
-        training.train(config, easy(), tmp_path / "cut", listener=StopAt(3), checkpoint_seconds=0)
-    training.train(config, easy(), tmp_path / "cut")
-    assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
-
-
-def test_metrics_of_steps_that_are_done_again_are_taken_back(tmp_path):
-    config = run(epochs=3)
-    with pytest.raises(Stop):
-        training.train(config, easy(), tmp_path / "run", listener=StopAt(6), checkpoint_seconds=0)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    metrics.write_text(metrics.read_text() + '{"step": 7, "loss": 1.0}\n{"step": 8, "los')
-    training.train(config, easy(), tmp_path / "run")
-    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [4, 8, 12]
-
-
-def test_a_full_disk_keeps_the_last_state(tmp_path, monkeypatch):
-    config = run(epochs=3)
-    whole = training.train(config, easy(), tmp_path / "whole")
-    saved = checkpoint.write_whole
-
-    def full(path, content):
-        if path.name == "state.pt" and "step-00000004" not in path.parent.name:
-            path.write_bytes(b"half of it")
-            raise OSError(28, "No space left on device", str(path))
-        saved(path, content)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_whole", full)
-        with pytest.raises(OSError, match="No space left"):
-            training.train(config, easy(), tmp_path / "run")
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
-    listener = StopAt(None)
-    assert numbers(training.train(config, easy(), tmp_path / "run", listener=listener)) == numbers(whole)
-    assert listener.steps[0] == (5, 12) and same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
-
-
-# Forked from one warm process: importing PyTorch twenty times would take a minute.
-KILLED = """
-import os, random, signal, sys, time, torch
-sys.path.insert(0, sys.argv[1])
-from pathlib import Path
-from test_training import easy, run
-from glocal import training
-torch.set_num_threads(1)
-folder = Path(sys.argv[2])
-
-def go(name):
-    training.train(run(epochs=EPOCHS), easy(), folder / name, checkpoint_seconds=0.02)
-
-def forked(name):
-    pid = os.fork()
-    if pid == 0:
-        go(name)
-        os._exit(0)
-    return pid
-
-EPOCHS = 2
-began = time.monotonic()
-go("warm")  # and imports what training imports
-moments = random.Random(int(sys.argv[3]))
-EPOCHS = 70
-began = time.monotonic()
-go("whole")
-usual = time.monotonic() - began
-kills = 0
-while kills < 20 and not (folder / "killed" / "result.json").exists():
-    pid = forked("killed")
-    time.sleep(moments.random() * usual / 25)
-    os.kill(pid, signal.SIGKILL)
-    kills += os.waitpid(pid, 0)[1] == signal.SIGKILL
-print(kills)
-go("killed")
-"""
-
-
-@pytest.mark.slow
-def test_killed_at_twenty_random_moments(tmp_path):
-    source = os.pathsep.join([str(Path(glocal.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path), "0"],
-        env=os.environ | {"PYTHONPATH": source}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) == 20  # it was not finished before
-    assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
-    lines = [
-        [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in path.read_text().splitlines()]
-        for path in (tmp_path / "killed" / "metrics.jsonl", tmp_path / "whole" / "metrics.jsonl")
-    ]
-    assert lines[0] == lines[1] and len(lines[0]) > 50
-
-
 # Where a run starts from, and on what
 
 
@@ -445,38 +240,6 @@ def test_weights_of_another_network_are_refused(tmp_path):
             training.start_from(model, tmp_path / "other.safetensors")
 
 
-def test_which_images_a_run_sees():
-    data = easy()
-    assert images_of(run(), data) is data
-
-    def of(**options):
-        return images_of(dataclasses.replace(run(), data=DataConfig("easy", **options), seed=3), data)
-
-    def equal(one, other):
-        names = ("train_images", "train_labels", "test_images", "test_labels")
-        return all(torch.equal(getattr(one, name), getattr(other, name)) for name in names)
-
-    assert equal(of(fraction=0.5), fraction(data, 0.5, 3))
-    assert equal(of(folds=4, fold=1), fold(data, 1, 4))
-    assert equal(of(validation=True), hold_out(data))
-    assert equal(of(fraction=0.5, folds=4, fold=1, validation=True), hold_out(fraction(fold(data, 1, 4), 0.5, 3)))
-    assert of(in_chans=3, img_size=(10, 12)).train_images.shape == (64, 3, 10, 12)
-
-
-def test_what_images_are():
-    data = easy()
-    name = identity(data)
-    assert identity(dataclasses.replace(data, name="elsewhere", train_images=data.train_images.clone())) == name
-    others = [
-        dataclasses.replace(data, train_images=data.train_images + 1),
-        dataclasses.replace(data, train_labels=1 - data.train_labels),
-        dataclasses.replace(data, test_labels=1 - data.test_labels),
-        dataclasses.replace(data, classes=("left", "right")),
-        dataclasses.replace(data, val_images=data.test_images, val_labels=data.test_labels),
-    ]
-    assert len({name, *map(identity, others)}) == 6
-
-
 def test_fp16_needs_a_gpu():
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="fp16 needs a GPU; on a CPU use bf16"):
@@ -500,68 +263,35 @@ def test_one_axis_is_not_decayed():
 
 
 # planted by scripts/mutate
-FAULTS = {
-    "training.py": (
-        (
-            "dropout depends on what was drawn before",
-            "        torch.manual_seed(generator.initial_seed())  # dropout, stochastic depth, mixing\n",
-            "",
-        ),
-        (
-            "a step has the rate of the next one",
-            "        lr = self._lr(self.step)\n",
-            "        lr = self._lr(self.step + 1)\n",
-        ),
-        (
-            "a resumed run forgets the optimizer's state",
-            '        self.optimizer.load_state_dict(state["optimizer"])\n',
-            "",
-        ),
-        (
-            "a resumed run forgets the averaged weights",
-            '            self.average.load_state_dict(state["average"])',
-            "            pass",
-        ),
-        (
-            "scales and biases are decayed",
-            '{"params": free, "weight_decay": 0.0}',
-            '{"params": free, "weight_decay": weight_decay}',
-        ),
-        (
-            "gradients are not clipped",
-            "        self.accelerator.clip_grad_norm_(self.model.parameters(), recipe.max_grad_norm)\n",
-            "",
-        ),
-        ("every epoch has the same order", 'self._seeded(f"epoch {number}")', 'self._seeded("epoch")'),
-        ("lines of steps that are done again stay", '["step"] <= self.step:', '["step"] <= self.steps:'),
-        (
-            "the weights that are tested are not the averaged ones",
-            "return self._plain() if self.average is None else self.average.module",
-            "return self._plain()",
-        ),
-        ("large tests follow every epoch of few images", "return self.step == self.steps or ", "return True or "),
-        ("the rate rises from zero", "return (step + 1) / rising", "return step / rising"),
-        ("a loss that is not finite is stepped on", "if not math.isfinite(value):", "if False:"),
-        ("whole numbers are averaged, cut off", "if not value.is_floating_point():", "if False:"),
-        (
-            "losses of an epoch forget what was before the interruption",
-            '"step", "loss_sum", "loss_count", "seconds", "peak_memory"',
-            '"step", "seconds", "peak_memory"',
-        ),
+FAULTS = (
+    (
+        "dropout depends on what was drawn before",
+        "        torch.manual_seed(generator.initial_seed())  # dropout, stochastic depth, mixing\n",
+        "",
     ),
-    "runs.py": (
-        (
-            "every seed learns from the same share",
-            "fraction(data, asked.fraction, config.seed)",
-            "fraction(data, asked.fraction, 0)",
-        ),
-        ("settings are chosen on test images", "return hold_out(data) if asked.validation else data", "return data"),
-        (
-            "labels do not count for what images are",
-            "if isinstance(value, Tensor):",
-            "if isinstance(value, Tensor) and value.ndim > 1:",
-        ),
-        ("the result of another run is taken", "    if different:\n", "    if False:\n"),
-        ("folds are not cut", "    if asked.folds:\n", "    if False:\n"),
+    (
+        "a step has the rate of the next one",
+        "        lr = self._lr(self.step)\n",
+        "        lr = self._lr(self.step + 1)\n",
     ),
-}
+    (
+        "scales and biases are decayed",
+        '{"params": free, "weight_decay": 0.0}',
+        '{"params": free, "weight_decay": weight_decay}',
+    ),
+    (
+        "gradients are not clipped",
+        "        self.accelerator.clip_grad_norm_(self.model.parameters(), recipe.max_grad_norm)\n",
+        "",
+    ),
+    ("every epoch has the same order", 'self._seeded(f"epoch {number}")', 'self._seeded("epoch")'),
+    (
+        "the weights that are tested are not the averaged ones",
+        "return self._plain() if self.average is None else self.average.module",
+        "return self._plain()",
+    ),
+    ("large tests follow every epoch of few images", "return self.step == self.steps or ", "return True or "),
+    ("the rate rises from zero", "return (step + 1) / rising", "return step / rising"),
+    ("a loss that is not finite is stepped on", "if not math.isfinite(value):", "if False:"),
+    ("whole numbers are averaged, cut off", "if not value.is_floating_point():", "if False:"),
+)

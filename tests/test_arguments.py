@@ -1,0 +1,94 @@
+"""Arguments, checked once for all operators: what makes no sense is refused in words, what is padded is not read."""
+
+import pytest
+import torch
+
+import glocal
+from glocal import Cache
+
+X = torch.randn(2, 5, 4, 8)
+
+
+def mixer(spec="SelfAttention(num_heads=2)"):
+    return glocal.build(spec, 8).eval()
+
+
+@pytest.mark.parametrize(
+    ("spec", "call", "words"),
+    [
+        ("DepthwiseConv(kernel_size=3)", {"source": X}, ["DepthwiseConv", "source"]),
+        ("DepthwiseConv(kernel_size=3)", {"pos_embed": X}, ["DepthwiseConv", "pos_embed"]),
+        ("DepthwiseConv(kernel_size=3)", {"cache": Cache()}, ["DepthwiseConv", "cache"]),
+        ("SelfAttention(num_heads=2)", {"source": torch.zeros(3, 5, 8)}, ["source", "3 images", "2"]),
+        ("SelfAttention(num_heads=2)", {"source": torch.zeros(2, 5, 7)}, ["source", "7", "8"]),
+        ("SelfAttention(num_heads=2)", {"valid": torch.ones(2, 5, 4)}, ["valid", "torch.float32", "torch.bool"]),
+        ("SelfAttention(num_heads=2)", {"valid": torch.ones(2, 4, 4) > 0}, ["valid", "(2, 4, 4)", "(2, 5, 4)"]),
+        ("SelfAttention(num_heads=2)", {"pos_embed": X[..., :3]}, ["pos_embed", "3", "8"]),
+        ("SelfAttention(num_heads=2)", {"grid": (5, 4)}, ["grid", "(5, 4)"]),
+        ("SelfAttention(num_heads=2)", {"cache": Cache()}, ["cache", "causal"]),
+        ("SelfAttention(num_heads=2, causal=True)", {"source": X}, ["source", "causal"]),
+    ],
+)  # fmt: skip
+def test_arguments_that_make_no_sense_are_refused(spec, call, words):
+    m = mixer(spec)
+    for path in (m, m.weights, m.reference):
+        with pytest.raises(ValueError) as raised:
+            path(X, **call)
+        for word in words:
+            assert word in str(raised.value)
+
+
+@pytest.mark.parametrize("queries", [torch.ones(20) > 0, torch.zeros(2, 3).long(), torch.zeros(3)])
+def test_queries_are_positions(queries):
+    with pytest.raises(ValueError, match="SelfAttention: queries has shape"):
+        mixer().weights(X, queries=queries)
+
+
+def test_positions_have_the_shape_of_the_tokens():
+    m, pos = mixer(), torch.randn(5, 4, 8)
+    torch.testing.assert_close(m(X, pos_embed=pos), m(X, pos_embed=pos.expand_as(X)))
+    flat = mixer("RelativeAttention(num_heads=2, grid_size=(5, 4))")
+    flat_pos = pos.flatten(0, 1)[None]
+    out = flat(X.flatten(1, 2), grid=(5, 4), pos_embed=flat_pos)
+    torch.testing.assert_close(out, flat(X, pos_embed=pos).flatten(1, 2))
+    for wrong in (torch.randn(8), torch.randn(4, 8), torch.randn(4, 5, 8), torch.randn(3, 5, 4, 8)):
+        with pytest.raises(ValueError, match="SelfAttention: pos_embed has shape"):
+            m(X, pos_embed=wrong)
+
+
+def test_a_transposed_mask_is_refused():
+    with pytest.raises(ValueError, match=r"valid has shape \(2, 4, 5\)"):
+        mixer()(X, valid=torch.ones(2, 4, 5, dtype=torch.bool))
+
+
+def test_a_sequence_without_tokens_is_refused():
+    for name in glocal.available():
+        for spec in getattr(glocal.mixers, name).examples:
+            m = glocal.build(spec, 32)
+            with pytest.raises(ValueError, match="no tokens"):
+                m(torch.zeros(2, *[0] * (m.rank or 1), 32))
+
+
+@pytest.mark.parametrize("spec", ["SelfAttention(num_heads=2)", "AveragePooling()", "LocalMLP(window_size=2)"])
+def test_a_flat_mask_is_that_of_the_grid(spec):
+    mixer, x = glocal.build(spec, 32), torch.randn(2, 3, 4, 32)
+    valid = torch.ones(2, 3, 4, dtype=torch.bool)
+    valid[1, 2:] = valid[1, :, 3:] = False
+    torch.testing.assert_close(mixer(x, valid=valid.flatten(1)), mixer(x, valid=valid))
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("spec", ["SelfAttention(num_heads=2)", "DepthwiseConv(kernel_size=3)"])
+def test_a_mask_hides_no_nan_of_real_tokens(spec, impl):
+    mixer, x = glocal.build(spec, 8), torch.randn(1, 4, 3, 8)
+    mixer.impl = impl
+    x[0, 1, 1] = float("nan")
+    valid = torch.ones(1, 4, 3, dtype=torch.bool)
+    valid[0, 3] = False
+    assert mixer(x, valid=valid)[0, 1, 1].isnan().all()
+
+
+def test_num_heads_and_head_dim_must_agree():
+    assert repr(glocal.build("SelfAttention(num_heads=4, head_dim=8)", 32)) == "SelfAttention(num_heads=4)"
+    with pytest.raises(ValueError, match=r"num_heads: 4 heads of head_dim 4 make 16, not 32"):
+        glocal.build("SelfAttention(num_heads=4, head_dim=4)", 32)
