@@ -267,3 +267,63 @@ def test_a_slot_outside_takes_nothing_from_infinite_values(infinite, groups):
     expected = torch.stack([values[:, 2], values[:, 2], torch.zeros(1, groups, 3)], 1).flatten(2)
     values[:, infinite] = float("inf")
     torch.testing.assert_close(glocal.aggregate(make(torch.ones(1, groups, 3, 2), index, 4, 3), values), expected)
+
+
+# planted by scripts/mutate
+FAULTS = (
+    (
+        "dense() counts slots outside the grid for the first source",
+        "index = torch.where(index < 0, outside, index)",
+        "index = torch.where(index < 0, 0, index)",
+    ),
+    (
+        "dense() gives sources by queries",
+        "scatter_add(-1, index, weights)[..., :outside]",
+        "scatter_add(-1, index, weights)[..., :outside].mT",
+    ),
+    (
+        "a slot outside multiplies its weight with zero, which an infinite weight turns to NaN",
+        "    weights = torch.where(a.index < 0, 0, weights)\n    index",
+        "    index",
+    ),
+    (
+        "a slot outside multiplies the first source with zero, which an infinite value turns to NaN",
+        "torch.where(a.index < 0, a.num_sources, a.index)",
+        "a.index.clamp(min=0)",
+    ),
+    (
+        "coalesce() keeps one of the weights that a source has, not their sum",
+        "torch.zeros_like(weights).scatter_add(-1, slot, weights)",
+        "torch.zeros_like(weights).scatter(-1, slot, weights)",
+    ),
+    (
+        "coalesce() sorts the sources and leaves their weights where they were",
+        "        weights = weights.gather(-1, order)\n",
+        "",
+    ),
+    (
+        "cat() joins the parts from last to first",
+        "weights=torch.cat(weights, 1), index=torch.cat(index, 1)",
+        "weights=torch.cat(weights[::-1], 1), index=torch.cat(index[::-1], 1)",
+    ),
+    (
+        "cat() fills short rows with the first source, and weights of one",
+        "slots, 0.0).expand(batch, -1, -1, -1) for w, _ in written]\n    index = [_pad_slots(i, slots, -1)",
+        "slots, 1.0).expand(batch, -1, -1, -1) for w, _ in written]\n    index = [_pad_slots(i, slots, 0)",
+    ),
+    (
+        "select() takes the sources of the query before",
+        "index = index[:, :, queries]",
+        "index = index[:, :, queries - 1]",
+    ),
+    (
+        "select() says the positions of the first queries",
+        "query_positions=self.query_positions[queries]",
+        "query_positions=self.query_positions[: len(queries)]",
+    ),
+    (
+        "the output has channels before groups",
+        "return mixed.expand(batch, queries, groups, dim).reshape(",
+        "return mixed.expand(batch, queries, groups, dim).transpose(2, 3).reshape(",
+    ),
+)

@@ -92,3 +92,45 @@ def test_num_heads_and_head_dim_must_agree():
     assert repr(glocal.build("SelfAttention(num_heads=4, head_dim=8)", 32)) == "SelfAttention(num_heads=4)"
     with pytest.raises(ValueError, match=r"num_heads: 4 heads of head_dim 4 make 16, not 32"):
         glocal.build("SelfAttention(num_heads=4, head_dim=4)", 32)
+
+
+# planted by scripts/mutate
+FAULTS = {
+    "arguments.py": (
+        (
+            "a transposed `valid` is taken",
+            "or tuple(valid.shape) not in (tokens, flat):",
+            "or valid.numel() != math.prod(tokens):",
+        ),
+        (
+            "a flat `valid` is refused where x is none",
+            "or tuple(valid.shape) not in (tokens, flat):",
+            "or tuple(valid.shape) != tokens:",
+        ),
+        ("a `valid` of numbers is taken", "if valid.dtype != torch.bool or tuple(", "if tuple("),
+        (
+            "a NaN of a real token is hidden",
+            "tokens.masked_fill(~valid[..., None] & ~tokens.isfinite(), 0)",
+            "tokens.masked_fill(~tokens.isfinite(), 0)",
+        ),
+        (
+            "positions of any shape are added",
+            "if tuple(positions.shape) not in (tuple(tokens.shape), (1, *tokens.shape[1:])):",
+            "if False:",
+        ),
+        (
+            "a mask is taken for queries",
+            "if queries.dim() != 1 or queries.dtype != torch.int64:",
+            "if queries.dim() != 1:",
+        ),
+        ("an image without tokens is taken", "if any(n == 0 for n in tokens.shape[1:-1]):", "if False:"),
+        (
+            "num_heads and head_dim may contradict each other",
+            "head_dim is not None and num_heads * head_dim != dim:",
+            "head_dim is not None and num_heads * head_dim < 0:",
+        ),
+    ),
+    "operator.py": (
+        ("flat positions stay flat on the grid", 'call.keys() & {"valid", "pos_embed"}', 'call.keys() & {"valid"}'),
+    ),
+}

@@ -263,3 +263,17 @@ def test_the_wrong_rank_is_refused():
         backbone(img_size=(24,))(torch.randn(2, 1, 24, 24))
     with pytest.raises(ValueError, match=r"img_size is \(4, 4, 4\); it must be \(height, width\) or"):
         backbone(img_size=(4, 4, 4))
+
+
+# planted by scripts/mutate
+FAULTS = (
+    ("the MLP ratio passes convolution blocks by", '{"expand_ratio": mlp_ratio, "rank"', '{"rank"'),
+    ("every block drops at the full rate", '"drop_path": next(rates)}', '"drop_path": drop_path}'),
+    ("operators keep their positions", 'context["position_bias"] = False', "pass"),
+    (
+        "an ablation of positions is said to change convolutions",
+        'any(getattr(part, "position_bias", False) for part in self.stages.modules())',
+        "bool(blocks)",
+    ),
+    ("the stem of signals is padded in height", "((1, 3), (0, 1))", "((1, 3), (1, 1))"),
+)

@@ -283,3 +283,26 @@ def test_mbconv_on_signals_is_the_middle_row_of_an_image(stride, length, stride_
 def test_mbconv_refuses_another_rank():
     with pytest.raises(ValueError, match=r"MBConv: x has shape \(2, 5, 8\); a block of rank 2"):
         MBConv(8)(torch.randn(2, 5, 8))
+
+
+# planted by scripts/mutate
+FAULTS = (
+    ("stochastic depth does not scale what it keeps", "return x * (kept / (1 - self.rate))", "return x * kept"),
+    (
+        "stochastic depth draws for every token",
+        "x.new_empty(x.shape[0], *[1] * (x.ndim - 1))",
+        "x.new_empty(*x.shape[:-1], 1)",
+    ),
+    (
+        "without skip paths the MLP keeps its own",
+        "_joined(None if skip is None else x, self.drop_path2",
+        "_joined(x, self.drop_path2",
+    ),
+    ("without a skip path samples are dropped whole", "drop if skip and rate > 0 else", "drop if rate > 0 else"),
+    (
+        "layer scale is applied to the skip path too",
+        "x = _joined(skip, self.drop_path1(self.ls1(mixed)))",
+        "x = self.ls1(_joined(skip, self.drop_path1(mixed)))",
+    ),
+    ("squeeze-excite takes the maximum", "gate = x.mean((2, 3), keepdim=True)", "gate = x.amax((2, 3), True)"),
+)

@@ -151,3 +151,20 @@ def test_what_cannot_be_met_is_refused_in_one_line():
         fit("C-SelfAttention(heads=3)", 10_000_000, **DATA)
     with pytest.raises(ValueError, match="num_heads: 7919 does not divide"):
         fit("C-SelfAttention(num_heads=7919)", 10_000_000, **DATA)
+
+
+# planted by scripts/mutate
+FAULTS = (
+    (
+        "the first width that is taken stays",
+        "guess = min(near[0] + (math.sqrt(target) - roots[0]) / slope, 4 * near[0])",
+        "break",
+    ),
+    ("the MLP ratio stays", "end = WIDEST if standard < target else NARROWEST", "return STANDARD"),
+    (
+        "networks off the budget are given out",
+        "if abs(cost_at(step, ratio) / target - 1) <= TOLERANCE:",
+        "if abs(cost_at(step, ratio) / target - 1) <= 4 * TOLERANCE:",
+    ),
+    ("a width that an operator refuses ends the search", "refusals.append(error)", "raise"),
+)

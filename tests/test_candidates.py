@@ -2,7 +2,9 @@
 
 import pytest
 
+from glocal.candidates import Networks
 from glocal.compare import Study, compare
+from glocal.config import ModelConfig
 from glocal.data import load
 
 from .small_study import config, folders, row
@@ -78,6 +80,19 @@ def test_a_repeated_comparison_counts_nothing_again(folder, monkeypatch):
     first = compare(config(folder), quiet=True)
     monkeypatch.setattr("glocal.candidates.cost.macs", None)
     assert compare(config(folder), quiet=True) == first
+
+
+def test_networks_of_a_users_file_are_counted_again(folder):
+    """It may have changed since."""
+    file, data = folder / "own.py", load(str(folder / "data"))
+    config = ModelConfig(model=f"{file}:Tiny()")
+    found = []
+    for text in (OPERATOR, OPERATOR.replace("width=4", "width=8")):
+        file.write_text(text)
+        networks = Networks(folder / "networks.json")
+        found.append(networks.made_for(config, data, resized=False).params)
+        networks.keep()
+    assert found == [9 * width + width + 3 * width + 3 for width in (4, 8)]
 
 
 # planted by scripts/mutate

@@ -285,3 +285,23 @@ def test_an_optimizer_goes_on_from_a_state(tmp_path):
     assert state["scaler"] is None and state["list"] == [{"a": 0.1}]
     for ours, theirs in zip(optimizer.state.values(), other.state.values(), strict=True):
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+# planted by scripts/mutate
+FAULTS = (
+    ("a file is written in place", "    temporary = _temporary(path)\n    try:", "    temporary = path\n    try:"),
+    (
+        "a full disk leaves half a file",
+        "    except OSError as error:\n        temporary.unlink(missing_ok=True)",
+        "    except OSError as error:",
+    ),
+    (
+        "a step that is there is removed before its new state is in place",
+        "            final.replace(aside)",
+        "            shutil.rmtree(final)",
+    ),
+    ("files are unpickled", "weights_only=True", "weights_only=False"),
+    ("what a killed process left stays", "and not _lives(int(number))", "and False"),
+    ("what a living process writes is removed", "and not _lives(int(number))", ""),
+    ("a damaged state hides the one before", "            continue", "            return None"),
+)

@@ -142,3 +142,52 @@ def test_every_check_of_the_contract_can_fail(check, spec, break_it, monkeypatch
 
 def test_every_check_of_the_contract_is_among_them():
     assert set(BROKEN) == {check.__name__ for spec in contract.examples() for check, _ in contract.cases(spec)}
+
+
+# planted by scripts/mutate
+FAULTS = {
+    "contract.py": (
+        (
+            "a broken promise counts as refused",
+            'return Outcome(*about, "broken", str(error))',
+            'return Outcome(*about, "refused", str(error))',
+        ),
+        (
+            "the definition may be called by a forced fast path",
+            "setattr(mixer, name, forbidden)",
+            "setattr(mixer, name, getattr(mixer, name))",
+        ),
+        (
+            "what stands in the padding is finite in every check",
+            "    rubbish[..., 0], rubbish[..., 1] = torch.nan, torch.inf\n",
+            "",
+        ),
+        ("the places of the sources are not looked at", 'close("source_positions", places, expected, 1e-5)', "pass"),
+        ("sources may run backwards", "true(bool((steps >= 0).all()),", "true(True,"),
+        ("gradients under autocast may be NaN", "true(bool(value.isfinite().all()),", "true(True,"),
+        (
+            "no operator's scores have to make its weights",
+            "if not torch.allclose(found.weights.sum(-1), torch.ones((), dtype=torch.float64)):",
+            "if True:",
+        ),
+        (
+            "weights above the diagonal and later tokens are not looked at",
+            'if not getattr(mixer, "causal", False):',
+            'if getattr(mixer, "causal", False):',
+        ),
+        (
+            "one of the checks runs on no grid",
+            "yield from ((check, grid) for grid in grids if fits(spec, grid))",
+            "yield from ((check, grid) for grid in grids if fits(spec, grid) and check is not exports)",
+        ),
+    ),
+    "evidence.py": (
+        ("values may differ by anything", "if not error <= relative * max(largest, 1e-3):", "if error < 0:"),
+        (
+            "a failed numerical derivative passes",
+            "    except GradcheckError as error:\n",
+            "    except GradcheckError as error:\n        return\n",
+        ),
+        ("bfloat16 may be off by the largest entry", "torch.finfo(dtype).eps * largest)", "largest)"),
+    ),
+}

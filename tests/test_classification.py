@@ -333,3 +333,21 @@ def test_timm_networks_that_cannot_be_used(name, message):
     with pytest.raises(ValueError, match=message) as error:
         built(f"timm:{name}", size=(32, 32))
     assert "\n" not in str(error.value)
+
+
+# planted by scripts/mutate
+FAULTS = (
+    (
+        "smoothed labels are weighted by their classes",
+        'labels, label_smoothing=self._smoothing, reduction="none")',
+        'labels, self._weight, label_smoothing=self._smoothing, reduction="none") / self._weight[labels]',
+    ),
+    (
+        "a mixed image counts as much as one of its parts",
+        "labels @ self._weight if",
+        "self._weight[labels.argmax(1)] if",
+    ),
+    ("with mixup and cutmix there is only mixup", "torch.randint(len(self._mixers), ())", "0"),
+    ("trying a network leaves it in evaluation mode", "module.training = before", "pass"),
+    ("trying a network draws random numbers", "with torch.random.fork_rng(), torch.no_grad()", "with torch.no_grad()"),
+)

@@ -138,3 +138,16 @@ def test_what_makes_no_sense_is_refused_in_a_program_too():
 
 def test_the_name_of_a_network():
     assert ModelConfig("C-T").name == "C-T" and ModelConfig(model="timm:vit").name == "timm:vit"
+
+
+# planted by scripts/mutate
+FAULTS = (
+    (
+        "1e-3 in a file is text",
+        "if hint is float and isinstance(value, str) and _NUMBER.fullmatch(value):",
+        "if False:",
+    ),
+    ("precision: no in a file is false", 'if value is False and "no" in inner:', "if False:"),
+    ("true counts as the number 1", "type(value) in (int, float)", "isinstance(value, (int, float))"),
+    ("a learning rate that is no number is taken", "lambda value: 0 < value < math.inf", "lambda value: True"),
+)

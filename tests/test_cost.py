@@ -229,3 +229,17 @@ def test_params_count_shared_ones_once_and_frozen_ones_too():
     shared = nn.Linear(3, 4)
     shared.weight.requires_grad_(False)
     assert params(nn.ModuleList([shared, shared, nn.LayerNorm(5)])) == 16 + 10
+
+
+# planted by scripts/mutate
+FAULTS = (
+    (
+        "what a fused encoder layer multiplies is missing",
+        "mha.set_fastpath_enabled(False)",
+        "mha.set_fastpath_enabled(enabled)",
+    ),
+    ("operators are counted by the path that runs", 'module.impl = "reference"', 'module.impl = "auto"'),
+    ("the model is left in evaluation", "_counted(copy.deepcopy(model), [", "_counted(model, ["),
+    ("the whole batch counts", "[x[:1] if isinstance(x, Tensor)", "[x if isinstance(x, Tensor)"),
+    ("random numbers are drawn", "with torch.random.fork_rng(sorted(devices)):", "if True:"),
+)

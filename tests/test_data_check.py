@@ -269,3 +269,18 @@ def test_sets_without_files(name, count):
     found = check(name)
     assert found.ok and found.kind == {"recall": "probe"}.get(name, name)
     assert sum(sum(counts.values()) for counts in found.counts.values()) == count
+
+
+# planted by scripts/mutate
+FAULTS = {
+    "data/contents.py": (
+        (
+            "images of other sizes with the same pixels count as the same",
+            "hashlib.blake2b(repr(image.size).encode(), digest_size=16)",
+            "hashlib.blake2b(digest_size=16)",
+        ),
+    ),
+    "data/check.py": (
+        ("an image in two splits is passed over", "if len(same.splits) > 1]", "if len(same.splits) > 2]"),
+    ),
+}

@@ -376,3 +376,13 @@ def test_a_container_has_what_its_limit_leaves(monkeypatch):
     assert memory.available_bytes() == 4_000_000
     files["/sys/fs/cgroup/memory.max"] = "max\n"
     assert memory.available_bytes() == 8000 * 1024
+
+
+# planted by scripts/mutate
+FAULTS = {
+    "data/decoding.py": (
+        ("mirrored images that are turned keep their size in the header", "in (5, 6, 7, 8)", "in (6, 8)"),
+        ("transparent places become black", 'drawn.size, "white")', 'drawn.size, "black")'),
+    ),
+    "data/memory.py": (("images that do not fit in memory are decoded", "needed <= free", "needed <= 8 * free"),),
+}

@@ -200,3 +200,20 @@ def test_sizes_are_met_by_resizing(size):
 def test_colour_does_not_become_grey():
     with pytest.raises(ValueError, match="numbered: its images have 3 channels and cannot be used as grey; begin with"):
         as_form(numbered([3, 3], [1, 1], chans=3), 1, (4, 5))
+
+
+# planted by scripts/mutate
+FAULTS = (
+    (
+        "a smaller share of the training images is not among those of a larger one",
+        "in _shuffled(data.train_labels, seed)]",
+        "in _shuffled(data.train_labels, seed + int(100 * share))]",
+    ),
+    (
+        "the first folds get the remainders of all classes",
+        "(torch.arange(len(indices)) + dealt) % folds",
+        "torch.arange(len(indices)) % folds",
+    ),
+    ("a class may lose all its training images", ", len(indices) - 1)]", ", len(indices))]"),
+    ("images are made smaller without antialiasing", "antialias=True", "antialias=False"),
+)

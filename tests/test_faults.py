@@ -1,6 +1,7 @@
 """The faults that scripts/mutate plants can be planted: each text stands once in its file, and their tests exist."""
 
 import importlib.util
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -31,6 +32,13 @@ def test_every_text_stands_once_in_its_file(faults):
     ]
     assert not wrong
     assert all(fault.old != fault.new for fault in faults)
+
+
+def test_none_is_overlooked():
+    """One list a file, in a file that is read: the literal of another would say nothing."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        lists = re.findall(r"^FAULTS\b", path.read_text("utf-8"), re.MULTILINE)
+        assert len(lists) <= path.name.startswith("test_"), path
 
 
 def test_no_fault_is_named_twice(faults):

@@ -96,3 +96,83 @@ def test_a_nan_stays_where_it_is_seen(spec, reach, impl):
         seen[1::2] = seen[:, 1::2] = False
     assert torch.equal(mixer(x).isnan().all(-1), seen.expand(2, -1, -1))
     assert torch.equal(mixer(x).isnan().any(-1), seen.expand(2, -1, -1))
+
+
+# planted by scripts/mutate
+FAULTS = {
+    "aggregation.py": (
+        ("positions count the columns first", 'indexing="ij"', 'indexing="xy"'),
+        (
+            "positions are moved by the offset the wrong way",
+            "dtype=torch.float32) - o) / s",
+            "dtype=torch.float32) + o) / s",
+        ),
+        ("positions are multiplied by the stride", "dtype=torch.float32) - o) / s", "dtype=torch.float32) - o) * s"),
+    ),
+    ("mixers/_grid.py", "mixers/test_convolution.py", "mixers/test_depthwise_conv.py", "test_contract.py"): (
+        (
+            "a stride starts at its last position",
+            "torch.arange(0, n, stride, device=device) - left",
+            "torch.arange(0, n, stride, device=device) + stride - 1 - left",
+        ),
+        (
+            "a tap left of the grid reads from its right end",
+            "torch.where((position >= 0) & (position < n), position, -1)",
+            "torch.where(position < n, position % n, -1)",
+        ),
+        ("rows are as long as the grid is high", "row * size + column, -1)", "row * sizes[0] + column, -1)"),
+    ),
+    ("mixers/_library.py", "mixers/test_convolution.py", "test_contract.py"): (
+        (
+            "a 1-D convolution is not dilated",
+            "(1, stride), (0, *padding), (1, dilation), groups",
+            "(1, stride), (0, *padding), 1, groups",
+        ),
+        ("output lengths are rounded down", "(n + stride - 1) // stride for n", "n // stride for n"),
+    ),
+    ("mixers/_grid.py", "mixers/test_window_attention.py", "mixers/test_local_mlp.py", "test_contract.py"): (
+        (
+            "empty places hold the last token",
+            "torch.where(index < 0, tokens.shape[1], index))",
+            "torch.where(index < 0, tokens.shape[1] - 1, index))",
+        ),
+        ("windows are shifted the other way", "shifted = (window - shift) % window", "shifted = shift % window"),
+        (
+            "an axis as long as the window is shifted",
+            "(0 if n <= window else shifted)",
+            "(0 if n < window else shifted)",
+        ),
+        (
+            "the bias table is flipped: source minus query",
+            "each.append(place[:, None] - place + size - 1)",
+            "each.append(place - place[:, None] + size - 1)",
+        ),
+        (
+            "wrapping windows are shifted the other way",
+            "torch.where(place < n, (place + shift) % n, place)",
+            "torch.where(place < n, (place - shift) % n, place)",
+        ),
+        (
+            "tokens that wrap around are seen by those they are wrapped to",
+            "(place >= count * window - shift).long()",
+            "0",
+        ),
+        (
+            "a padded image that is no longer than the window is shifted",
+            "torch.where(extent > window, shifted, 0)",
+            "torch.where(extent > 0, shifted, 0)",
+        ),
+    ),
+    "mixers/_grid.py": (
+        (
+            "empty places take the NaN of another token, by multiplying it with zero",
+            "return pick(torch.cat([tokens, zero], 1), torch.where(index < 0, tokens.shape[1], index))",
+            "return pick(tokens, index.clamp(min=0)) * (index >= 0).view(*index.shape, *[1] * (tokens.dim() - 2))",
+        ),
+        (
+            "real tokens with a hole between them are taken for a rectangle",
+            "if not torch.compiler.is_compiling() and not valid.is_meta and not torch.equal(inside, valid):",
+            "if False:",
+        ),
+    ),
+}

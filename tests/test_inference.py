@@ -252,3 +252,14 @@ def test_images_that_do_not_fit_the_network_are_refused(folder):
         evaluate(grey, data_of(pixels, [0], ("left", "right")))
     with pytest.raises(ValueError, match=r"\(in another order\)$"):
         evaluate(grey, data_of(pixels, [0], ("right", "left", "red")))
+
+
+# planted by scripts/mutate
+FAULTS = (
+    ("hidden files are taken for images", "in _SUFFIXES and not hidden", "in _SUFFIXES"),
+    (
+        "counts are [predicted][true]",
+        "data.test_labels * n + found.predicted",
+        "found.predicted * n + data.test_labels",
+    ),
+)

@@ -223,3 +223,59 @@ def test_queries_of_a_call_for_some_queries():
     found = seen["SelfAttention"][0].weights(torch.tensor([2, 0]))
     torch.testing.assert_close(found.weights, mixer.weights(x).weights[:, :, [5, 7]])
     assert found.query_positions.tolist() == [[5], [7]]
+
+
+# planted by scripts/mutate
+FAULTS = (
+    (
+        "a tensor that was changed in place is not noticed",
+        "if now.get(name) != version and name in now}",
+        "if now.get(name, 0) < version}",
+    ),
+    ("an output that was changed in place is not noticed", '    tensors["its output"] = output\n', ""),
+    (
+        "a parameter that was changed is not noticed",
+        'tensors |= {f"its parameter {name}": value for name, value in mixer.named_parameters()}',
+        "tensors |= {}",
+    ),
+    ("weights that do not rebuild the output are shown", "if not error <= tolerance:", "if error < 0:"),
+    (
+        "a call in training is looked at in whatever mode the mixer is now",
+        "            for part, training in self._modes:\n                part.training = training\n",
+        "",
+    ),
+    ("looking leaves the mixer in the mode of the call", "            modes_kept(self.mixer),\n", ""),
+    (
+        "a call under autocast is looked at without",
+        "            torch.autocast(self.output.device.type, dtype, enabled),\n",
+        "",
+    ),
+    (
+        "a call under autocast has to be rebuilt as well as one without",
+        "TOLERANCE.get(dtype if enabled else self.output.dtype, 1e-4)",
+        "TOLERANCE.get(self.output.dtype, 1e-4)",
+    ),
+    (
+        "a call in inference mode is looked at outside",
+        "            torch.inference_mode(self.output.is_inference()),\n",
+        "",
+    ),
+    ("a shared module is found under its first name only", "self._canonical.get(name, name)", "name"),
+    ("a shared module is recorded once for each of its names", "if self._canonical[name] == name:", "if True:"),
+    ("a statistic that was changed is not noticed", "if not part.training:", "if False:"),
+    ("the statistics that a call in training moves are taken for a change", "if not part.training:", "if True:"),
+    (
+        "a model that ran compiled gives an empty recording",
+        "if error is None and self._canonical and not self.calls:",
+        "if False:",
+    ),
+    ("a call without images cannot be looked at", "if output.numel() == 0:", "if False:"),
+    (
+        "the cache is recorded itself, not what it held before the call",
+        "value.copy() if isinstance(value, Cache) else value",
+        "value",
+    ),
+    ("the recording goes on after the block", "            hook.remove()", "            pass"),
+    ("a compiled part is passed over", "isinstance(module, torch._dynamo.OptimizedModule)", "False"),
+    ("queries of queries are taken for queries of all", "queries if asked is None else asked[queries]", "queries"),
+)

@@ -172,3 +172,74 @@ def test_an_empty_slot_of_a_kernel_takes_nothing_from_what_is_infinite(infinite)
     for query, slot in full[0, :, 0].nonzero().tolist():
         spread[index[0, query, slot]] += weights[0, query, 0, slot] * some[0, query, 0]
     torch.testing.assert_close(torch.ops.glocal.gathered_scatter(weights, some, index, 3)[0, :, 0], spread)
+
+
+# planted by scripts/mutate
+FAULTS = {
+    "kernels/gathered.py": (
+        (
+            "the score of an infinite query with an empty slot is NaN",
+            "torch.where(inside, (q.to(wide) * picked.to(wide)).sum(-1), 0)",
+            "(q.to(wide) * picked.to(wide)).sum(-1)",
+        ),
+        (
+            "an infinite weight of an empty slot makes the sum NaN",
+            "torch.where(inside, w[..., slot].to(wide), 0)[..., None])",
+            "w[..., slot].to(wide)[..., None])",
+        ),
+        (
+            "empty slots read the first source, whose NaN the sum takes",
+            "sources.new_zeros(1, *sources.shape[2:])",
+            "sources[0, :1]",
+        ),
+        (
+            "empty slots are full of the first source",
+            "inside = index >= 0",
+            "inside, index = index >= -1, index.clamp(min=0)",
+        ),
+        (
+            "the gradient of the weights has the wrong sign",
+            "gathered_scores(grad, v, index) if need_w",
+            "-gathered_scores(grad, v, index) if need_w",
+        ),
+        (
+            "the gradient of the keys counts empty slots for the first source",
+            "out.index_add_(0, rows, ",
+            "out.index_add_(0, rows % total, ",
+        ),
+        (
+            "a second derivative, that of the scatter by its vectors, is missing",
+            "gathered_sum(w, grad, index) if need_y",
+            "torch.zeros_like(y) if need_y",
+        ),
+        ("images after the first read another image's sources", "(total // max(batch, 1))", "index.shape[1]"),
+        (
+            "the kernel's cost is half of what it does",
+            "    return 2 * q.numel() * index[-1]",
+            "    return q.numel() * index[-1]",
+        ),
+        (
+            "sums are taken in bfloat16",
+            "    return torch.promote_types(tensor.dtype, torch.float32)",
+            "    return tensor.dtype",
+        ),
+    ),
+    "kernels/local_sum.py": (
+        (
+            "taps are next to each other whatever the dilation",
+            "narrow(axis + 1, o * dilation, ",
+            "narrow(axis + 1, o, ",
+        ),
+        ("taps come column by column", "enumerate(offset):", "enumerate(reversed(offset)):"),
+        (
+            "channels of a group lie apart",
+            ".unflatten(-1, (w.shape[-2], -1))",
+            ".unflatten(-1, (-1, w.shape[-2])).transpose(-1, -2)",
+        ),
+        (
+            "sums are taken in bfloat16",
+            "wide = torch.promote_types(torch.promote_types(x.dtype, w.dtype), torch.float32)",
+            "wide = torch.promote_types(x.dtype, w.dtype)",
+        ),
+    ),
+}

@@ -176,3 +176,48 @@ def test_transforms_of_torch_func(name):
         image = image.clone().requires_grad_()
         m(image[None]).square().sum().backward()
         torch.testing.assert_close(one, image.grad)
+
+
+# planted by scripts/mutate
+FAULTS = {
+    "mixer.py": (
+        (
+            "asking for weights moves the cache on",
+            "        return self._joined[name]",
+            "        self._past[name] = self._joined[name]\n        return self._joined[name]",
+        ),
+        (
+            "looks join the caller's cache, so that its next commit takes what was only looked at",
+            'return call | {"cache": call["cache"].copy()} if "cache" in call else call',
+            "return call",
+        ),
+        ("two layers may share a cache", "elif self._owner != id(mixer):", "elif False:"),
+        ("another layer may look into a cache", "dict(self._past), self._owner", "dict(self._past), None"),
+        ("transforms of torch.func go through the fast path", "torch._C._are_functorch_transforms_active():", "False:"),
+        ("the fast path forgets to move the cache on", "            cache.commit()", "            pass"),
+        ("a forced fast path falls back in silence", 'if self.impl == "fast":', 'if self.impl == "never":'),
+        (
+            "a call with an argument that only the definition takes is answered by the fast path",
+            'if name not in self._takes["fast"] and',
+            'if name not in self._takes["fast"] and name not in ARGUMENTS and',
+        ),
+    ),
+    ("mixer.py", "mixers/test_convolution.py"): (
+        (
+            "values of padding are not zeroed",
+            'values.masked_fill(~call["valid"].reshape(*values.shape[:2], 1, 1), 0)',
+            "values",
+        ),
+    ),
+    ("mixer.py", "mixers/test_self_attention.py"): (
+        ("a cache puts new tokens before old ones", "torch.cat([past, new], dim=1)", "torch.cat([new, past], dim=1)"),
+        ("the definition forgets to move the cache on", 'call["cache"].commit()', "pass"),
+    ),
+    ("mixer.py", "test_contract.py -k='declared_cost or shapes_are_refused or query_subset'"): (
+        (
+            "a subset of the queries gives all rows of the weights",
+            'if queries is not None and "queries" not in self._takes["_weights"] else found',
+            "if False else found",
+        ),
+    ),
+}

@@ -47,3 +47,51 @@ def test_one_real_value_moves_no_statistics(name, real):
     mixer(torch.randn(3, 4, 5, 32), valid=valid)
     assert not torch.allclose(mixer.bn.running_mean, torch.zeros(8))
     assert not torch.allclose(mixer.bn.running_var, torch.ones(8))
+
+
+# planted by scripts/mutate
+FAULTS = {
+    (
+        "mixers/_norm.py",
+        "mixers/test_dynamic_depthwise_conv.py",
+        "mixers/test_inhomogeneous_depthwise_conv.py",
+        "test_contract.py",
+    ): (
+        (
+            "running variances are biased",
+            "unbiased = variance.detach() * (count / (count - 1))",
+            "unbiased = variance.detach()",
+        ),
+        (
+            "training normalises by the unbiased variance",
+            "return self._normalise(x, mean, variance)",
+            "return self._normalise(x, mean, variance * x[..., 0].numel() / (x[..., 0].numel() - 1))",
+        ),
+        (
+            "without momentum, statistics are the last batch's",
+            "share = 1 / self.num_batches_tracked if",
+            "share = torch.ones(()) if",
+        ),
+        ("one value per channel is taken for a batch", "if count == 1:", "if count == 0:"),
+        ("an empty batch makes the statistics NaN", "if x.numel() == 0:", "if False:"),
+        (
+            "running variances of padded batches are biased",
+            "unbiased = variance.detach() * total / (total - 1).clamp(min=1)",
+            "unbiased = variance.detach()",
+        ),
+    ),
+    "mixers/_norm.py": (
+        ("a batch of padding alone divides by nothing", "total = count.clamp(min=1)", "total = count"),
+        ("a batch of padding alone moves the statistics", "None if valid is None else count > 1)", "None)"),
+        (
+            "one real value moves the statistics",
+            "None if valid is None else count > 1)",
+            "None if valid is None else count > 0)",
+        ),
+        (
+            "a synchronised batch norm counts padding, and moves when looked at",
+            "if norm.training and (valid is not None or not update):",
+            "if False:",
+        ),
+    ),
+}

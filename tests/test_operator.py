@@ -252,3 +252,68 @@ def test_padding_before_and_behind_a_cache_may_hold_anything(impl, steps, real):
     out = torch.cat(rows, 1)
     torch.testing.assert_close(out[:1], mixer(x[:1]))
     torch.testing.assert_close(out[1:, real], mixer(x[1:, real]))
+
+
+# planted by scripts/mutate
+FAULTS = {
+    "operator.py": (
+        (
+            "afterwards a frozen batch norm is in the mode of its mixer",
+            "        for part, training in modes:\n            part.training = training",
+            "        module.train(modes[0][1])",
+        ),
+        ("an operator can be derived from a final one", "if final is not None:", "if False:"),
+        ("all operators share the code object by which torch.compile counts", "        cls.forward = forward\n", ""),
+        (
+            "the counted cost is in operations, twice the multiply-adds",
+            "counter.get_total_flops() // 2",
+            "counter.get_total_flops()",
+        ),
+        (
+            "what is infinite or NaN in the padding of a source reaches real tokens",
+            'call["source"] = finite_outside(source, valid)',
+            'call["source"] = source',
+        ),
+        (
+            "with a cache, the padding of new tokens is taken for that of the first",
+            "return finite_outside(x, valid[:, past:]), call",
+            "return finite_outside(x, valid[:, : valid.shape[1] - past]), call",
+        ),
+        (
+            "positions of the source are measured by x",
+            '("source_pos_embed", x if source is None else source)',
+            '("source_pos_embed", x)',
+        ),
+        (
+            "class tokens in front are dropped in silence by operators that have no place for them",
+            "                if prefix:\n                    raise ValueError(",
+            "                x = x[:, prefix:]\n                if prefix < 0:\n                    raise ValueError(",
+        ),
+    ),
+    "arguments.py": (
+        (
+            "what is infinite or NaN in the padding reaches real tokens",
+            "tokens.masked_fill(~valid[..., None] & ~tokens.isfinite(), 0)",
+            "tokens",
+        ),
+    ),
+    ("operator.py", "mixers/test_dynamic_depthwise_conv.py"): (
+        (
+            "looking moves the batch norm's statistics",
+            'taken["update_statistics"] = update and self.training',
+            'taken["update_statistics"] = self.training',
+        ),
+        (
+            "a forward pass does not move the batch norm's statistics",
+            'taken["update_statistics"] = update and self.training',
+            'taken["update_statistics"] = False',
+        ),
+    ),
+    "inspection.py": (
+        (
+            "a frozen batch norm is looked at in the mode of its mixer",
+            "            for part, training in self._modes:\n                part.training = training\n",
+            "            self.mixer.train(self._modes[0][1])\n",
+        ),
+    ),
+}

@@ -130,3 +130,23 @@ def test_texture_has_the_same_histogram_at_any_size():
     images = texture(train_size=20, test_size=5, size=20).train_images
     assert images.shape == (20, 1, 20, 20)
     assert (images.flatten(1).sort(1).values == images[0].flatten().sort().values).all()
+
+
+# planted by scripts/mutate
+FAULTS = {
+    "data/recall.py": (
+        (
+            "one value may stand beside several keys",
+            "rng.random((count, VALUES)).argsort(1)[:, :PAIRS]",
+            "rng.integers(0, VALUES, (count, PAIRS))",
+        ),
+        ("test images may have fewer pairs", "(seed, 1), PAIRS)", "(seed, 1), 1)"),
+        ("the answer is the first value, whichever key is framed", "values[item, asked]", "values[item, 0]"),
+    ),
+    "data/texture.py": (
+        ("the histogram is not the same in every image", "* 256 // (size * size)", "* 255 // (size * size)"),
+        ("classes are named after mirrored offsets", "rows + down", "rows - down"),
+        ("an offset is shorter than the others", "(3, -4))", "(2, -4))"),
+        ("pixels agree less than is said", "_NOISE = 0.3", "_NOISE = 1.0"),
+    ),
+}

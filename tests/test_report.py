@@ -296,3 +296,24 @@ def test_a_folder_is_called_by_its_last_part():
     assert page.words.count("/data/of mine/flowers/") == 1  # said once, where the data is described
     text = compare_report({**results, "datasets": [dataset("a/flowers"), dataset("b/flowers")]})
     assert "what suits a/flowers and b/flowers?" in text
+
+
+# planted by scripts/mutate
+FAULTS = {
+    "report/drawing.py": (
+        (
+            "an infinite value is drawn",
+            "value is not None and math.isfinite(value) and abs(value) < 1e15",
+            "value is not None",
+        ),
+    ),
+    "report/insights.py": (("a picture may be an address", 'r"data:image/png;base64,[A-Za-z0-9+/]+=*"', 'r".*"'),),
+    "report/answers.py": (
+        (
+            "the highest mean is bold without a verdict",
+            'winner = at(study.verdict(condition), "winner")\n    reached',
+            'winner = at(study.verdict(condition), "best")\n    reached',
+        ),
+    ),
+    "report/study.py": (("ablations stand among the candidates", 'if candidate.get("without") is None:', "if True:"),),
+}

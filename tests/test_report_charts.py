@@ -244,3 +244,41 @@ def test_numbers_as_text():
     assert [memory(v) for v in (180 * 2**20, 3 * 2**29, None)] == ["180 MiB", "1.50 GiB", "–"]
     assert [compact(v) for v in (0.25, 999.6, 4000, 1.5e9)] == ["0.25", "1k", "4k", "1.5G"]
     assert shorten("abcdefghij", 7) == "abc…hij" and shorten("abc", 3) == "abc"
+
+
+# planted by scripts/mutate
+FAULTS = {
+    "report/drawing.py": (
+        (
+            "values of a logarithmic axis are placed linearly",
+            "share = math.log(value / self.low) / math.log(self.high / self.low)",
+            "share = (value - self.low) / (self.high - self.low)",
+        ),
+        (
+            "an axis of accuracies goes on beyond 100 %",
+            "low, high = max(low - room, limits[0]), min(high + room, limits[1])",
+            "low, high = low - room, high + room",
+        ),
+    ),
+    "report/accuracy.py": (
+        (
+            "the band of an interval begins at the mean",
+            "start, end = x(row.low), x(row.high)",
+            "start, end = x(row.mean), x(row.high)",
+        ),
+    ),
+    "report/scatter.py": (
+        (
+            "the front prefers slow candidates",
+            "sign = 1 if more_is_better else -1",
+            "sign = -1 if more_is_better else 1",
+        ),
+    ),
+    "report/confusion.py": (
+        (
+            "rows and columns of a confusion matrix are exchanged",
+            "x, share = gutter + j * cell, count / total",
+            "x, y, share = gutter + i * cell, 8 + j * cell, count / total",
+        ),
+    ),
+}

@@ -103,3 +103,18 @@ def test_latex_of_missing_values():
     text = results_latex({"candidates": [one], "datasets": [{"name": "recall"}]})
     assert r"C$^\dagger$ & " in text and " & -- & " in text and r"\pm" not in text and "1 seed each" in text
     assert results_latex({"candidates": []}) == ""
+
+
+# planted by scripts/mutate
+FAULTS = (
+    (
+        "a name's special characters reach LaTeX as they are",
+        'escaped(candidate["name"]) + mark',
+        'candidate["name"] + mark',
+    ),
+    (
+        "every run is given the first seed's values",
+        "*(values[i] if i < len(values) else None for values in runs)",
+        "*(values[0] if values else None for values in runs)",
+    ),
+)

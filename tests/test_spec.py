@@ -177,3 +177,54 @@ def test_a_changed_file_is_read_again_and_its_imports_are_no_operators(user_file
     assert type(build(f"{user_file}:Right", 8)).__name__ == "Right"
     with pytest.raises(ValueError, match="unknown operator 'Linear'"):
         build(f"{user_file}:Linear(out_features=3)", 8)
+
+
+# planted by scripts/mutate
+FAULTS = {
+    "spec.py": (
+        (
+            "the context overrides what the spec gives",
+            "arguments[key] = _value(value, text, dim, operators, context)",
+            "arguments.setdefault(key, _value(value, text, dim, operators, context))",
+        ),
+        (
+            "a head_dim of the context meets num_heads of the spec",
+            'if {"num_heads", "head_dim"} & keywords.keys():',
+            "if False:",
+        ),
+        ("arguments without a name are dropped", "if node.args or any(", "if any("),
+        ("of an argument given twice the last one counts", "if twice is not None:", "if False:"),
+        (
+            "a name without quotes is an unknown operator, whatever the argument",
+            "if isinstance(value, ast.Name) and value.id not in operators:",
+            "if False:",
+        ),
+        ("a user's file is read once, however often it changes", "file.stat().st_mtime_ns, path)", "0, path)"),
+        ("what a user's file imports are operators of it", " and v.__module__ == name}", "}"),
+        (
+            "repr of a user's operator does not name its file",
+            'operator.defined_in = f"{path}:"',
+            'operator.defined_in = ""',
+        ),
+        (
+            "nested specs do not know the operators of the user's file",
+            "        return _build(node, text, dim, operators, context)\n    try:",
+            "        ours = {name: getattr(mixers, name) for name in available()}\n"
+            "        return _build(node, text, dim, ours, context)\n    try:",
+        ),
+        ("the nearest name is the first one", "lower[close[0]]", "valid[0]"),
+    ),
+    "arguments.py": (
+        ("the text 'False' counts as true", "    if not isinstance(value, bool):", "    if False:"),
+        ("head_dim is taken for the number of heads", "        return dim // size", "        return size"),
+        ("even kernels are taken", "if any(size % 2 == 0 for size in sizes):", "if any(size < 1 for size in sizes):"),
+    ),
+    "operator.py": (
+        (
+            "repr leaves out what is not the default for a flag",
+            "if value != parameter.default and not (",
+            "if value != parameter.default and not isinstance(value, bool) and not (",
+        ),
+        ("repr leaves out out_dim", '(name == "out_dim" and value == self.dim)', '(name == "out_dim")'),
+    ),
+}

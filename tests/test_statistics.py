@@ -397,3 +397,22 @@ def test_a_tie_on_resampled_images_does_not_count_for_the_best():
     [pair] = judge([best, other], resamples=10_000).pairs
     assert tied > 0.05  # so that it matters where they are counted
     assert abs(pair.p_images - 2 * not_ahead) < 0.02
+
+
+# planted by scripts/mutate
+FAULTS = (
+    ("the smaller of the two p-values counts", "_holm([max(both) for", "_holm([min(both) for"),
+    (
+        "every p is corrected by the number of all pairs",
+        "(len(p_values) - rank) * p_values[i]",
+        "len(p_values) * p_values[i]",
+    ),
+    ("corrected p-values may fall again", "largest = max(largest, min(", "largest = max(0.0, min("),
+    ("a tie on resampled images counts for the best", "(counts @ ahead <= 0)", "(counts @ ahead < 0)"),
+    ("one image is enough for a winner", "np.maximum(p, coins)", "p"),
+    (
+        "the pooled variance has one degree of freedom for every run",
+        "freedom = sum(len(v) - 1 for v in values)",
+        "freedom = sum(len(v) for v in values) - 1",
+    ),
+)

@@ -82,6 +82,7 @@ def test_an_interrupted_comparison_keeps_its_runs(folder, monkeypatch):
 def test_every_image_is_tested_once_in_cross_validation(folder, in_process):
     results = compare(config(folder, folds=3, seeds=(2,)), quiet=True)
     assert len(in_process) == 2 * 2 * 3
+    assert len(results["candidates"]) == 2
     for candidate in results["candidates"]:
         assert np.sum(candidate["confusion"]) == 2 * (48 + 18)
         assert [sum(true) for true in candidate["confusion"]] == [44, 44, 44]
