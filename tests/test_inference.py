@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 
 from glocal.checkpoint import CheckpointError, save_weights
-from glocal.config import DataConfig, ModelConfig, RunConfig, to_plain
+from glocal.config import DataConfig, ModelConfig, RunConfig
 from glocal.data import ImageData
 from glocal.inference import evaluate, image_files, load_trained, predict_files
+from glocal.plain import to_plain
 
 NETWORK = """
 import torch

@@ -22,9 +22,10 @@ import glocal
 from glocal.backbone import parse_layout
 from glocal.candidates import Networks, entries
 from glocal.checkpoint import CheckpointError, alone_in, load_weights, write_text
-from glocal.config import CompareConfig, RunConfig, to_plain
+from glocal.config import CompareConfig, RunConfig
 from glocal.data import PROBES, ImageData, load
 from glocal.data.splits import fold
+from glocal.plain import to_plain
 from glocal.plan import TUNED, Cell, Plan, Planned, recipe
 from glocal.progress import Progress
 from glocal.report import compare_report, results_csv, results_latex

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from glocal.checkpoint import CheckpointError, load_about, load_weights
-from glocal.config import RunConfig, from_plain
+from glocal.config import RunConfig
 from glocal.data import ImageData
 from glocal.data.decoding import read_image
 from glocal.data.splits import as_form
+from glocal.plain import from_plain
 from glocal.tasks.classification import accuracy, build_model, normaliser, predict
 
 _BATCH = 64  # images decoded at a time

@@ -11,9 +11,10 @@ import yaml
 from torch import Tensor
 
 from glocal.checkpoint import CheckpointError
-from glocal.config import RunConfig, to_plain
+from glocal.config import RunConfig
 from glocal.data import ImageData
 from glocal.data.splits import as_form, fold, fraction, hold_out
+from glocal.plain import to_plain
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from glocal.analysis.memory import peak_memory
 from glocal.checkpoint import alone_in, load_state, save_state, save_weights, write_text
-from glocal.config import RunConfig, to_plain
+from glocal.config import RunConfig
 from glocal.data import ImageData
 from glocal.data.augment import crop_and_flip, randaugment
+from glocal.plain import to_plain
 from glocal.runs import EpochResult, RunResult, described, finished, identity, images_of
 from glocal.tasks.classification import (
     Criterion,

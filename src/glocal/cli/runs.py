@@ -27,7 +27,8 @@ def compare_command(name: str, arguments: Sequence[str]) -> int:
 
 def train_command(name: str, arguments: Sequence[str]) -> int:
     """`glocal train`."""
-    from glocal.config import RunConfig, TrainCommand, from_plain
+    from glocal.config import RunConfig, TrainCommand
+    from glocal.plain import from_plain
 
     default = TrainCommand()
     if (file := option(arguments, "--config")) is not None:
