@@ -65,6 +65,38 @@ def test_the_least_operator():
         m(X)
 
 
+def test_a_fast_path_may_make_its_own_values():
+    class Once(TokenMixer):
+        def values(self, source):
+            calls.append("values")
+            return source.flatten(1, -2).unsqueeze(2)
+
+        weights = _Mean._weights
+
+        def fast(self, x):
+            return x.mean((1, 2), keepdim=True).expand_as(x)
+
+    m, calls = Once(8), []
+    mean = X.mean((1, 2), keepdim=True).expand_as(X)
+    torch.testing.assert_close(m(X), mean)
+    assert calls == []
+    torch.testing.assert_close(m.reference(X), mean)
+    assert calls == ["values"]
+    # nobody zeroes its values
+    valid = torch.ones(2, 5, 4, dtype=torch.bool)
+    valid[:, :, 2:] = False
+    assert m.unsupported(X, valid=valid) == "the fast path does not take valid, the definition does"
+    torch.testing.assert_close(m(X, valid=valid), (X[:, :, :2].sum((1, 2), keepdim=True) / 20).expand_as(X))
+
+
+def test_a_fast_path_names_what_it_takes():
+    with pytest.raises(TypeError, match=r"Misnamed.fast: v is no argument of a call; .* cache, values"):
+
+        class Misnamed(TokenMixer):
+            def fast(self, x, v):
+                return x
+
+
 def test_an_operator_without_weights_cannot_be_built():
     class NoWeights(TokenMixer):
         def values(self, source):

@@ -79,7 +79,7 @@ class TokenMixer(Operator):
     - `weights(x, ...)`: how much goes where -> `Aggregation`, differentiable.
     - `project(mixed)`: write back, [B, N, G*D] -> [B, N, C_out]; the identity if left out.
     - `fast(x, values, ...)`: optional, the output [B, ..., C_out] without forming A. `values` are those of
-      `values`, already zero where `valid` is False.
+      `values`, already zero where `valid` is False; `fast(x, ...)` makes them itself, with whatever else it needs.
     - `unsupported(x, ...)`: optional, a sentence that says why `fast` cannot run here, or None.
     - `out_grid(grid)`, `macs(grid)` where the defaults do not hold.
     - `examples`: specs for dim 32 that tests, benchmarks and galleries build.
@@ -167,7 +167,8 @@ class TokenMixer(Operator):
             return self.reference(x, **call)
         shape = self._out_shape(x, call)
         x, call = self._bind(x, call)
-        out = self.fast(x, self._values(x, call), **self._only("fast", call, update=True))
+        values = {"values": self._values(x, call)} if "values" in self._takes["fast"] else {}
+        out = self.fast(x, **values, **self._only("fast", call, update=True))
         if cache is not None:
             cache.commit()
         return out.reshape(shape)
@@ -199,9 +200,10 @@ class TokenMixer(Operator):
         if type(self).fast is TokenMixer.fast:
             return "has no fast path"
         x, call = self._bind(x, given(source=source, **call))
+        # zeroed values are all that `valid` means to an operator whose weights do not name it
+        zeroed = "values" in self._takes["fast"] and "valid" not in self._takes["_weights"]
         for name in call:
-            # zeroed values are all that `valid` means to an operator whose weights do not name it
-            if name not in self._takes["fast"] and (name != "valid" or "valid" in self._takes["_weights"]):
+            if name not in self._takes["fast"] and not (name == "valid" and zeroed):
                 return f"the fast path does not take {name}, the definition does"
         if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
             return "transforms of torch.func go through the definition"

@@ -273,22 +273,22 @@ def modes_kept(module: nn.Module) -> Iterator[None]:
 
 
 def _arguments(cls: type[Operator], written: type[Operator], hook: str) -> frozenset[str]:
-    """The call arguments that a hook names.
+    """The call arguments that a hook names; `values` too where `fast` does.
 
     Raises:
         TypeError: the hook names something else, or takes anything.
     """
     if getattr(cls, hook) is getattr(written, hook):
         return frozenset()
-    given_to_all = 3 if hook == "fast" else 2  # self and x; the values
-    named = dict(list(inspect.signature(getattr(cls, hook)).parameters.items())[given_to_all:])
+    named = dict(list(inspect.signature(getattr(cls, hook)).parameters.items())[2:])  # without self and x
+    arguments = (*CALL, "values") if hook == "fast" else CALL
     for name, parameter in named.items():
-        if name not in (*CALL, "update_statistics") or parameter.kind in (
+        if name not in (*arguments, "update_statistics") or parameter.kind in (
             parameter.VAR_KEYWORD,
             parameter.VAR_POSITIONAL,
         ):
             raise TypeError(
                 f"{cls.__name__}.{hook.lstrip('_')}: {parameter} is no argument of a call; "
-                f"name those that it uses, out of {', '.join(CALL)}"
+                f"name those that it uses, out of {', '.join(arguments)}"
             )
     return frozenset(named)
