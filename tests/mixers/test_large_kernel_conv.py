@@ -72,7 +72,8 @@ def test_a_call_moves_the_statistics_as_batch_norm_does(build, tokens, arguments
             assert buffer == before[name] + 1
         else:
             assert not torch.allclose(buffer, before[name])
-            assert_close(buffer, oracle.statistics[name], msg=lambda text, name=name: f"{name}: {text}")
+            expected = oracle.statistics[name]
+            assert_close(buffer, expected, rtol=1e-14, atol=1e-14, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize(("arguments", "kernels", "grid"), CASES)
@@ -105,6 +106,20 @@ def test_merged_keeps_precision_and_mode():
 )
 def test_padding_leaves_images_alone(build, check_padding, arguments, extents):
     check_padding(build(f"LargeKernelConv({arguments})", DIM), extents, DIM)
+
+
+def test_without_momentum_statistics_are_the_average_of_all_calls(build, tokens):
+    mixer = build("LargeKernelConv(kernel_size=3, small_kernel=None)", DIM).train()
+    norm, twin = mixer.lkb_origin.bn, nn.BatchNorm2d(DIM, momentum=None).double()
+    norm.momentum = None
+    norm.reset_running_stats()
+    for _ in range(3):
+        x = tokens(2, 5, 4, DIM)
+        mixer(x)
+        twin(F.conv2d(x.movedim(-1, 1), mixer.lkb_origin.conv.weight, padding=1, groups=DIM))
+    assert norm.num_batches_tracked == 3
+    assert_close(norm.running_mean, twin.running_mean, rtol=1e-14, atol=1e-14)
+    assert_close(norm.running_var, twin.running_var, rtol=1e-14, atol=1e-14)
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])

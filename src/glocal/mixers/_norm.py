@@ -50,9 +50,10 @@ class BatchNorm(nn.BatchNorm1d):
         """Moves the running statistics towards those of a call; not where `some` is False."""
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
-        # no momentum: the plain average of all batches so far
-        share = 1 / self.num_batches_tracked if self.momentum is None else torch.tensor(self.momentum)
-        share = share.to(self.running_mean)
+        if self.momentum is None:  # the plain average of all batches so far
+            share = 1 / self.num_batches_tracked.to(self.running_mean)
+        else:  # not through float32, or statistics in float64 would be moved by another number
+            share = torch.tensor(self.momentum, dtype=self.running_mean.dtype).to(self.running_mean)
         if some is not None:  # one value has no variance to learn from
             share = share * some
         self.running_mean.lerp_(mean.detach().to(self.running_mean), share)
