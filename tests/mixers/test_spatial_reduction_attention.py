@@ -147,6 +147,16 @@ def test_sources_stand_at_the_centres_of_their_cells(build, tokens, ratio, grid)
     assert_close(weights.dense().sum(-1), torch.ones(2, HEADS, grid[0] * grid[1], dtype=torch.float64))
 
 
+@pytest.mark.parametrize("name", ["SpatialReductionAttention", "LinearSpatialReductionAttention"])
+def test_the_map_is_reduced_once(build, tokens, name):
+    mixer, x, calls = build(f"{name}(num_heads={HEADS})", DIM), tokens(2, 4, 6, DIM), []
+    mixer.sr.register_forward_hook(lambda *_: calls.append(1))
+    mixer(x)
+    assert calls == [1]
+    mixer(x, valid=torch.ones(2, 4, 6, dtype=torch.bool))
+    assert calls == [1, 1]
+
+
 def test_a_watched_projection_is_called(build, tokens):
     mixer, seen = build(spec_of(), DIM), []
     x = tokens(2, 4, 6, DIM)

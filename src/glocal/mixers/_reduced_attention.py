@@ -56,12 +56,14 @@ class ReducedAttention(TokenMixer):
     def project(self, mixed: Tensor) -> Tensor:
         return self.proj(mixed)
 
-    def fast(self, x: Tensor, values: Tensor, *, valid: Tensor | None = None) -> Tensor:
-        q, k = self._queries(x.flatten(1, -2)), self._half(self.reduced(x, valid), 0)
+    def fast(self, x: Tensor, *, valid: Tensor | None = None) -> Tensor:
+        # the map is reduced once here, for keys and values; the definition does it for each
+        keys_and_values = self.kv(self.reduced(x, valid)).unflatten(-1, (2, self.num_heads, -1))
+        q, (k, v) = self._queries(x.flatten(1, -2)), keys_and_values.unbind(2)
         if valid is None:
-            return self.proj(sdpa(q, k, values))
+            return self.proj(sdpa(q, k, v))
         seen = self.seen(valid)
-        mixed = sdpa(q, k, values, bias=mask_bias(seen[:, None, None], q.dtype))
+        mixed = sdpa(q, k, v, bias=mask_bias(seen[:, None, None], q.dtype))
         # an image that holds no real token is spread evenly over what it may not see; the definition says 0
         return self.proj(torch.where(seen.any(-1)[:, None, None], mixed, 0))
 

@@ -32,8 +32,8 @@ class LinearSpatialReductionAttention(ReducedAttention):
         stands at the middle of its share of the axis. `q.weight` [C, C], `kv.weight` [2*C, C],
         `sr.weight` [C, C, 1, 1], `norm`, `proj`.
 
-    Cost: 2*N*C^2 + 2*M*C^2 + 2*N*M*C + 2*M*C^2 multiply-adds; regions are formed for keys and for values, and
-    averages are not counted.
+    Cost: 2*N*C^2 + 2*M*C^2 + 2*N*M*C + 2*M*C^2 multiply-adds; the definition forms regions for keys and for values,
+    the fast path once; averages are not counted.
 
     Raises:
         ValueError: heads that do not divide the channels; `valid` that is no rectangle anchored at the origin.

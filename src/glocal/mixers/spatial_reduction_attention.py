@@ -26,9 +26,11 @@ class SpatialReductionAttention(ReducedAttention):
 
     Shape:
         x [B, *S, C] -> [B, *S, C], any S. The last cell of an axis that is no multiple of R is filled up with zeros;
-        with `valid` each image's are. `q.weight` [C, C], `kv.weight` [2*C, C], `sr.weight` [C, C, *R], `norm`, `proj`.
+        with `valid` each image's are. `q.weight` [C, C], `kv.weight` [2*C, C], `sr.weight` [C, C, *R]
+        ([C, C, 1, R] where rank is 1), `norm`, `proj`.
 
-    Cost: 2*N*C^2 + 2*M*C^2 + 2*N*M*C + 2*M*prod(R)*C^2 multiply-adds; cells are formed for keys and for values.
+    Cost: 2*N*C^2 + 2*M*C^2 + 2*N*M*C + 2*M*prod(R)*C^2 multiply-adds; the definition forms cells for keys and for
+    values, the fast path once.
 
     Raises:
         ValueError: heads that do not divide the channels.
