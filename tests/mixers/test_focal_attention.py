@@ -142,6 +142,14 @@ def test_masked_tokens_are_not_there(build, check, tokens, places, grid, window,
     check(mixer, by_loop(mixer, places, window, expand, focal), tokens(2, *grid, DIM), valid=valid)
 
 
+@pytest.mark.parametrize("name", ["FocalAttention", "ReleasedFocalAttention"])
+def test_windows_are_pooled_once(build, tokens, name):
+    mixer, calls = build(spec_of(3, 1, 3).replace("FocalAttention", name), DIM), []
+    mixer.pool_layers[0].register_forward_hook(lambda *_: calls.append(1))
+    mixer(tokens(2, 5, 7, DIM))
+    assert calls == [1]
+
+
 @pytest.mark.parametrize(
     ("window", "expand", "focal", "extents"),
     [(3, 1, 3, [(4, 5), (2, 6)]), (2, 1, 0, [(5, 3), (2, 2)]), (4, 2, 3, [(9,), (4,)])],
@@ -263,8 +271,8 @@ FAULTS = (
     ),
     (
         "padding is pooled into the keys of the fast path",
-        "return self.by_window(x, self.sources(x, valid), values",
-        "return self.by_window(x, self.sources(x, None), values",
+        "return self.by_window(x, self.sources(x, valid), seen",
+        "return self.by_window(x, self.sources(x, None), seen",
     ),
     ("the fast path sees what lies outside", "mask_bias(seen >= 0, x.dtype)", "mask_bias(seen >= -1, x.dtype)"),
     (

@@ -160,11 +160,14 @@ class FocalWindows(Attention):
             source_grid,
         )
 
-    def by_window(self, x: Tensor, sources: Tensor, values: Tensor, table: Tensor, mask: Tensor) -> Tensor:
-        """The output, one window at a time: table [B, W, K], mask [B, W, K] added to the scores."""
+    def by_window(self, x: Tensor, sources: Tensor, table: Tensor, mask: Tensor) -> Tensor:
+        """The output, one window at a time: table [B, W, K], mask [B, W, K] added to the scores.
+
+        The value of an empty slot is 0, so that a window that sees nothing gets 0.
+        """
         own = self._own(x.shape[1:-1], x.device)
         q = pick_or_zero(self.heads(x, 0), own[None]).flatten(0, 1)
-        k, v = (pick_or_zero(t, table).flatten(0, 1) for t in (self.heads(sources, 1), values))
+        k, v = (pick_or_zero(self.heads(sources, part), table).flatten(0, 1) for part in (1, 2))
         bias = (self._bias() + mask[:, :, None, None]).expand(x.shape[0], -1, -1, -1, -1).flatten(0, 1)
         mixed = sdpa(q, k, v, bias=bias).view(x.shape[0], own.shape[0] * own.shape[1], self.dim)
         window, place = self._where(x.shape[1:-1], x.device)

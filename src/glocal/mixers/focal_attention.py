@@ -98,9 +98,9 @@ class FocalAttention(FocalWindows):
         weights = masked_softmax(sum_of(self._scores(x, valid=valid, queries=queries)), index[:, None] >= 0)
         return self.aggregation(weights, index, grid, grid, queries)
 
-    def fast(self, x: Tensor, values: Tensor, *, valid: Tensor | None = None) -> Tensor:
+    def fast(self, x: Tensor, *, valid: Tensor | None = None) -> Tensor:
         seen = self._seen(x, valid)
-        return self.by_window(x, self.sources(x, valid), values, seen, mask_bias(seen >= 0, x.dtype))
+        return self.by_window(x, self.sources(x, valid), seen, mask_bias(seen >= 0, x.dtype))
 
     def macs(self, grid: Sequence[int]) -> int:
         return self._macs(math.prod(grid), math.prod(grid), math.prod(self.counts(grid)))

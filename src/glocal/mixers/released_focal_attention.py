@@ -101,10 +101,10 @@ class ReleasedFocalAttention(FocalWindows):
         weights = sum_of(self._scores(x, queries=queries)).softmax(-1)
         return self.aggregation(weights, index, grid, self._whole(grid), queries)
 
-    def fast(self, x: Tensor, values: Tensor, *, valid: Tensor | None = None) -> Tensor:
+    def fast(self, x: Tensor, *, valid: Tensor | None = None) -> Tensor:
         self._refuse(valid)
         table = self._table(x)
-        return self.by_window(x, self.sources(self._padded(x), None), values, table, _outside(table, x.dtype))
+        return self.by_window(x, self.sources(self._padded(x), None), table, _outside(table, x.dtype))
 
     def unsupported(self, x: Tensor, *, valid: Tensor | None = None) -> str | None:
         self._refuse(valid)
