@@ -1,10 +1,13 @@
 """How the operators' tests hold an operator against its oracle: values and every gradient, in float64."""
 
+import weakref
 from itertools import product
 
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import glocal
 
@@ -155,6 +158,41 @@ def attend():
 def places():
     """Coordinates of a grid's tokens in raster order."""
     return lambda grid: list(product(*map(range, grid)))
+
+
+@pytest.fixture
+def largest():
+    """`with largest() as found:` counts `found.entries` of the largest tensor that any operation gives, and
+    `found.peak` bytes of all that live at once."""
+    return Largest
+
+
+class Largest(TorchDispatchMode):
+    entries = alive = peak = 0
+
+    def __enter__(self):
+        self.known = set()
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if torch.is_tensor(tensor):
+                self.entries = max(self.entries, tensor.numel())
+                self.hold(tensor.untyped_storage())
+        return out
+
+    def hold(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.alive += size
+            self.peak = max(self.peak, self.alive)
+            weakref.finalize(storage, self.free, key, size)
+
+    def free(self, key, size):
+        self.known.discard(key)
+        self.alive -= size
 
 
 def corner(b, extent):

@@ -13,25 +13,16 @@ import glocal
 DIM = 4
 
 # what the contract may hear
-REFUSES = ("GeneralizedQuadraticAttention: has no fast path",)
+REFUSES = ("GeneralizedQuadraticAttention: a spread that is not diagonal",)
 
 FAULTS = (
-    (
-        "autocast rounds distances",
-        "(from_centre[..., None] * spread).sum(-2)",
-        "(from_centre.unsqueeze(-2) @ spread).squeeze(-2)",
-    ),
-    (
-        "the precision is S^T S",
-        "(from_centre[..., None] * spread).sum(-2)",
-        "(from_centre[..., None, :] * spread).sum(-1)",
-    ),
-    ("the centre's sign is flipped", "offset - precise", "offset + precise"),
-    ("the half is missing", "(-0.5 * along", "(-along"),
-    ("the distance is not squared", "along.square().sum(-1)", "along.abs().sum(-1)"),
     ("padding is seen", "position, x, valid, queries", "position, x, None, queries"),
-    ("distances are in tokens of the output", "from_centre = offset", "from_centre = offset / self.stride"),
-    ("spreads have no gradient", "precise(self.attention_spreads)[", "precise(self.attention_spreads.detach())["),
+    ("spreads have no gradient", "precise(self.attention_spreads)", "precise(self.attention_spreads.detach())"),
+    ("axis-aligned spreads do not start around 1", "torch.ones(rank) if", "torch.zeros(rank) if"),
+    ("axis-aligned spreads are one for both axes", "return spreads if", "return spreads.mean(1, True) if"),
+    ("every head takes the fast path", "if self.axis_aligned or self.rank == 1:", "if True:"),
+    ("no head takes the fast path", "if self.axis_aligned or self.rank == 1:", "if False:"),
+    ("queries are every token", "x, valid, queries, stride=self.stride)", "x, valid, queries)"),
 )
 
 
@@ -56,7 +47,8 @@ def by_loop(mixer, places, stride=1):
                     if not seen:
                         heads.append(torch.zeros(dim, dtype=x.dtype))
                         continue
-                    precision = spread @ spread.T
+                    square = torch.diag(spread) if spread.dim() == 1 else spread
+                    precision = square @ square.T
                     apart = [torch.tensor(key).double() - torch.tensor(query) - centre for key in seen]
                     shares = torch.stack([-(d @ precision @ d) / 2 for d in apart]).softmax(0)
                     heads.append(sum(share * x[(b, *key)] for share, key in zip(shares, seen, strict=True)))
@@ -67,17 +59,63 @@ def by_loop(mixer, places, stride=1):
     return oracle
 
 
-@pytest.mark.parametrize(("grid", "stride"), [((3, 4), 1), ((5, 2), 1), ((5, 4), 2), ((6,), 1), ((7,), 3)])
-def test_is_the_loop(build, check, tokens, places, grid, stride):
-    mixer = build(spec_of(2, len(grid), stride=stride, out_dim=3), DIM)
-    check(mixer, by_loop(mixer, places, stride), tokens(2, *grid, DIM), fast=False)
+@pytest.mark.parametrize("axis_aligned", [False, True])
+@pytest.mark.parametrize(("grid", "stride"), [((3, 4), 1), ((5, 2), 1), ((1, 3), 1), ((5, 4), 2), ((6,), 1), ((7,), 3)])
+def test_is_the_loop(build, check, tokens, places, grid, stride, axis_aligned):
+    mixer = build(spec_of(2, len(grid), axis_aligned=axis_aligned, stride=stride, out_dim=3), DIM)
+    check(mixer, by_loop(mixer, places, stride), tokens(2, *grid, DIM), fast=axis_aligned or len(grid) == 1)
 
 
-def test_any_valid_tokens_are_taken(build, check, tokens, places):
-    mixer = build(spec_of(2), DIM)
+@pytest.mark.parametrize("axis_aligned", [False, True])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_any_valid_tokens_are_taken(build, check, tokens, places, axis_aligned, stride):
+    mixer = build(spec_of(2, axis_aligned=axis_aligned, stride=stride), DIM)
     valid = torch.rand(3, 3, 4) < 0.5
-    valid[0] = False
-    check(mixer, by_loop(mixer, places), tokens(3, 3, 4, DIM), valid=valid, fast=False)
+    valid[0] = valid[1, 1] = False
+    valid[1, 0, :2] = valid[1, 2, 1:] = True
+    check(mixer, by_loop(mixer, places, stride), tokens(3, 3, 4, DIM), valid=valid, fast=axis_aligned)
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_axis_aligned_heads_are_those_of_a_diagonal_matrix(build, tokens, rank):
+    """By two softmaxes on one side and one over all tokens on the other, borders included."""
+    narrow = build(spec_of(3, rank, axis_aligned=True, stride=2), DIM)
+    full = build(spec_of(3, rank, stride=2), DIM)
+    state = narrow.state_dict() | {"attention_spreads": torch.diag_embed(narrow.attention_spreads.detach())}
+    full.load_state_dict(state)
+    narrow.impl, full.impl = "fast", "reference"
+    x = tokens(2, *(5, 8)[:rank], DIM)
+    assert_close(narrow(x), full(x), rtol=1e-12, atol=1e-13)
+
+
+def test_spreads_of_rows_and_columns_are_not_confused(build, tokens):
+    """A head without a spread along columns looks at a whole row, which the other spread picks."""
+    mixer, x = build(spec_of(1, axis_aligned=True), DIM), tokens(1, 5, 6, DIM)
+    with torch.no_grad():
+        mixer.attention_centers.copy_(torch.tensor([[1.0, 0.0]]))
+        mixer.attention_spreads.copy_(torch.tensor([[20.0, 0.0]]))
+        for mixer.impl in ("reference", "fast"):
+            rows = mixer.value(x.mean(2, keepdim=True)).expand(-1, -1, 6, -1)
+            assert_close(mixer(x), rows[:, [1, 2, 3, 4, 4]])
+
+
+@pytest.mark.parametrize("axis_aligned", [False, True])
+def test_memory(tokens, largest, axis_aligned):
+    """The definition holds scores and weights; with gradients one more. The fast path holds no [heads, N, N] at all."""
+    mixer = glocal.build(f"GeneralizedQuadraticAttention(num_heads=4, axis_aligned={axis_aligned})", DIM)
+    x, weights = torch.randn(1, 20, 24, DIM), 4 * 4 * 480**2  # bytes
+    mixer.impl = "reference"
+    with largest() as found, torch.no_grad():
+        mixer(x)
+    assert found.peak < 2.2 * weights
+    with largest() as found:
+        mixer(x).sum().backward()
+    assert found.peak < 3.3 * weights
+    if axis_aligned:
+        mixer.impl = "fast"
+        with largest() as found:
+            mixer(x).sum().backward()
+        assert found.peak < 0.2 * weights
 
 
 def test_map_is_a_normal_density(build, tokens):
@@ -149,8 +187,11 @@ def test_bfloat16_does_not_round_distances(autocast):
     assert_close(found.double(), exact.weights(x.double()).weights, rtol=1e-3, atol=1e-6)
 
 
-def test_has_no_fast_path_and_says_so(build, tokens):
-    assert build(spec_of(2), DIM).unsupported(tokens(1, 3, 4, DIM)) == "has no fast path"
+def test_says_when_there_is_no_fast_path(build, tokens):
+    said = build(spec_of(2), DIM).unsupported(tokens(1, 3, 4, DIM))
+    assert "not diagonal" in said and "axis_aligned=True" in said
+    assert build(spec_of(2, axis_aligned=True), DIM).unsupported(tokens(1, 3, 4, DIM)) is None
+    assert build(spec_of(2, 1), DIM).unsupported(tokens(1, 3, DIM)) is None
 
 
 def test_parameters():
@@ -163,6 +204,8 @@ def test_parameters():
         "value.bias": (400,),
     }
     assert sum(p.numel() for p in mixer.parameters()) == 1_440_400 + 54
+    narrow = glocal.build("GeneralizedQuadraticAttention(axis_aligned=True)", 400)
+    assert narrow.attention_spreads.shape == (9, 2)
 
 
 def test_initial_spreads_are_about_the_identity():
@@ -171,3 +214,11 @@ def test_initial_spreads_are_about_the_identity():
     apart = mixer.attention_spreads - torch.eye(2)
     assert apart.mean(0).abs().max() < 1e-3 and apart.std().item() == pytest.approx(0.01, rel=0.05)
     assert mixer.attention_centers.std().item() == pytest.approx(2, rel=0.03)
+    mixer = glocal.build("GeneralizedQuadraticAttention(num_heads=4096, axis_aligned=True)", 1)
+    apart = mixer.attention_spreads - 1
+    assert apart.mean(0).abs().max() < 1e-3 and apart.std().item() == pytest.approx(0.01, rel=0.05)
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(ValueError, match="axis_aligned: 'yes'"):
+        glocal.build("GeneralizedQuadraticAttention(axis_aligned='yes')", 4)

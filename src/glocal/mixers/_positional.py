@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from glocal.aggregation import Aggregation, grid_positions
 from glocal.arguments import positive
 from glocal.mixer import TokenMixer
-from glocal.mixers._attention import masked_softmax
+from glocal.mixers._attention import masked, masked_softmax
 
 
 class PositionalAttention(TokenMixer):
@@ -53,13 +53,6 @@ def softmax_over_sources(
     )
 
 
-def offsets(x: Tensor, queries: Tensor | None, *, stride: int = 1) -> Tensor:
-    """Source minus query in tokens of x [B, *S, C]: [N, M, rank]."""
-    source = grid_positions(x.shape[1:-1], device=x.device)
-    query = stride * grid_positions([(n + stride - 1) // stride for n in x.shape[1:-1]], device=x.device)
-    return source - (query if queries is None else query[queries])[:, None]
-
-
 def axis_offsets(length: int, device: torch.device, *, stride: int = 1) -> Tensor:
     """Source minus query along one axis: [n, m]."""
     return torch.arange(length, device=device) - torch.arange(0, length, stride, device=device)[:, None]
@@ -73,41 +66,32 @@ def precise(parameter: Tensor) -> Tensor:
 def mix_by_axes(scores: Sequence[Tensor], values: Tensor, grid: Sequence[int], valid: Tensor | None) -> Tensor:
     """The sum of weights times values where scores are a sum over the axes; A is never formed.
 
-    The softmax of a sum over axes is the product of a softmax along each, exactly and borders included, as long
-    as the sources are all pairs of some rows and some columns.
+    The softmax of a sum over axes is the product of a softmax along each, exactly and borders included. Among any
+    valid sources it is one in two steps: within each row of sources, and between the rows by what each sums to.
 
     Args:
         scores: [G, n, m] for each axis.
-        values: [B, M, 1, C].
+        values: [B, M, G|1, C], zero where not valid.
         grid: lengths m.
-        valid: bool [B, *S] without a sentence from `no_product`.
+        valid: bool [B, *S].
 
     Returns:
-        [B, *n, G*C].
+        [B, *n, G*C]. Memory: with valid the weights of both steps, at most B*G*M entries for each row and column.
     """
-    seen = [None] * len(grid) if valid is None else [along[:, None, None] for along in along_axes(valid)]
-    maps = [masked_softmax(s[None], mask).to(values.dtype) for s, mask in zip(scores, seen, strict=True)]
-    mixed = values.reshape(values.shape[0], *grid, values.shape[-1])
-    if len(maps) == 1:
-        return torch.einsum("bgjl,blc->bjgc", maps[0], mixed).flatten(-2)
-    by_column = torch.einsum("bgjl,bklc->bgkjc", maps[1], mixed)
-    return torch.einsum("bgik,bgkjc->bijgc", maps[0], by_column).flatten(-2)
-
-
-def along_axes(valid: Tensor) -> list[Tensor]:
-    """[B, *S] -> [B, m] for each axis: where any token is real."""
-    if valid.dim() == 2:
-        return [valid]
-    return [valid.any(2), valid.any(1)]
-
-
-def no_product(valid: Tensor | None) -> str | None:
-    """Why the real tokens are not all pairs of some rows and some columns, as in a rectangle; None if they are."""
-    if valid is None or valid.dim() == 2:
-        return None
-    if torch.compiler.is_compiling() or valid.is_meta:
-        return "whether the real tokens of valid fill a rectangle cannot be asked while compiling"
-    rows, columns = along_axes(valid)
-    if torch.equal(rows[:, :, None] & columns[:, None], valid):
-        return None
-    return "the real tokens of valid fill no rectangle, so the weights are no product over rows and columns"
+    values = values.unflatten(1, grid)
+    if len(scores) == 1:
+        along = masked_softmax(scores[0][None], None if valid is None else valid[:, None, None])
+        return torch.einsum("bgjl,blgc->bjgc", along.to(values.dtype), values).flatten(-2)
+    rows, columns = scores
+    if valid is None:
+        within = columns.softmax(-1).to(values.dtype)
+        by_row = torch.einsum("gjl,bklgc->bkjgc", within, values)
+        between = rows.softmax(-1).to(values.dtype)
+        return torch.einsum("gik,bkjgc->bijgc", between, by_row).flatten(-2)
+    seen = valid[:, None, :, None]
+    in_row = masked(columns[:, None], seen)  # [B, G, source rows, n, m]
+    within = (in_row.softmax(-1) * seen).to(values.dtype)
+    by_row = torch.einsum("bgkjl,bklgc->bkjgc", within, values)
+    of_row = in_row.logsumexp(-1).mT.unsqueeze(-2)  # [B, G, query columns, 1, source rows]
+    between = masked_softmax(rows[:, None] + of_row, valid.any(2)[:, None, None, None])
+    return torch.einsum("bgjik,bkjgc->bijgc", between.to(values.dtype), by_row).flatten(-2)

@@ -13,7 +13,6 @@ from glocal.mixers._positional import (
     PositionalAttention,
     axis_offsets,
     mix_by_axes,
-    no_product,
     precise,
     softmax_over_sources,
 )
@@ -103,9 +102,6 @@ class LearnedRelativeAttention(PositionalAttention):
         if valid is not None:
             bias = masked(bias, valid.flatten(1)[:, None, None])
         return self.project(sdpa(q, k, values.expand(-1, -1, self.num_heads, -1), bias=bias))
-
-    def unsupported(self, x: Tensor, *, valid: Tensor | None = None) -> str | None:
-        return None if self.content else no_product(valid)
 
     def macs(self, grid: Sequence[int]) -> int:
         n = math.prod(grid)

@@ -1,28 +1,14 @@
 """Attention to a place: heads with a centre and a spread, whatever the tokens hold."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
 from glocal.aggregation import Aggregation
-from glocal.arguments import positive
-from glocal.mixers._library import out_lengths
-from glocal.mixers._positional import (
-    PositionalAttention,
-    axis_offsets,
-    mix_by_axes,
-    no_product,
-    offsets,
-    precise,
-    softmax_over_sources,
-)
-
-CENTRE_STD = 2.0  # of the initial centres, in tokens
-SPREAD_STD = 0.01  # of the initial spreads, around 1
+from glocal.mixers._positional import precise, softmax_over_sources
+from glocal.mixers._quadratic import SPREAD_STD, QuadraticScores
 
 
-class QuadraticAttention(PositionalAttention):
+class QuadraticAttention(QuadraticScores):
     """Attention to a place relative to the query: A = softmax(-spread^2 / 2 * |source - query - centre|^2).
 
     With K*K heads centred on the offsets of a kernel and a large spread it is a K x K convolution.
@@ -60,37 +46,12 @@ class QuadraticAttention(PositionalAttention):
     def __init__(
         self, dim: int, *, num_heads: int = 9, out_dim: int | None = None, stride: int = 1, rank: int = 2
     ) -> None:
-        super().__init__(dim, num_heads=num_heads, out_dim=out_dim, rank=rank)
-        self.stride = positive("stride", stride)
-        self.attention_centers = nn.Parameter(CENTRE_STD * torch.randn(num_heads, rank))
+        super().__init__(dim, num_heads=num_heads, out_dim=out_dim, stride=stride, rank=rank)
         self.attention_spreads = nn.Parameter(1 + SPREAD_STD * torch.randn(num_heads))
 
-    def scores(self, x: Tensor, *, queries: Tensor | None = None) -> dict[str, Tensor]:
-        offset = offsets(x, queries, stride=self.stride)
-        from_centre = offset - precise(self.attention_centers)[:, None, None]
-        return {"position": (self._steepness() * from_centre.square().sum(-1))[None]}
+    def _spreads(self) -> Tensor:
+        return precise(self.attention_spreads)[:, None].expand_as(self.attention_centers)
 
     def weights(self, x: Tensor, *, valid: Tensor | None = None, queries: Tensor | None = None) -> Aggregation:
         (position,) = self._scores(x, queries=queries).values()
         return softmax_over_sources(position, x, valid, queries, stride=self.stride)
-
-    def fast(self, x: Tensor, values: Tensor, *, valid: Tensor | None = None) -> Tensor:
-        grid, centres = x.shape[1:-1], precise(self.attention_centers)
-        scores = []
-        for axis, n in enumerate(grid):
-            offset = axis_offsets(n, x.device, stride=self.stride)
-            scores.append(self._steepness() * (offset - centres[:, axis, None, None]).square())
-        return self.project(mix_by_axes(scores, values, grid, valid))
-
-    def unsupported(self, x: Tensor, *, valid: Tensor | None = None) -> str | None:
-        return no_product(valid)
-
-    def out_grid(self, grid: Sequence[int]) -> tuple[int, ...]:
-        return out_lengths(grid, self.stride)
-
-    def macs(self, grid: Sequence[int]) -> int:
-        return self._mixing_macs(grid)
-
-    def _steepness(self) -> Tensor:
-        """[heads, 1, 1]: minus alpha."""
-        return -0.5 * precise(self.attention_spreads).square()[:, None, None]
