@@ -21,7 +21,11 @@ FAULTS = (
         "(1 - gate) * content + gate * position.to",
         "gate * content + (1 - gate) * position.to",
     ),
-    ("the fast path's gate is turned round", "(1 - gate) * content.unflatten", "gate * content.unflatten"),
+    (
+        "the fast path's gate is turned round",
+        "((1 - gate) * content + gate * position).flatten",
+        "(gate * content + (1 - gate) * position).flatten",
+    ),
     ("queries are not scaled", "return q * self.scale, k", "return q, k"),
     ("queries and keys change places", "q, k = self.qk(", "k, q = self.qk("),
     ("the distance is not squared", "square[:, None, None] * offset.square()", "square[:, None, None] * offset.abs()"),
@@ -32,8 +36,13 @@ FAULTS = (
     ),
     (
         "the fast path forgets the mask in the content",
-        "sdpa(q, k, values, bias=mask_bias(seen, q.dtype))",
+        "sdpa(q, k, values, bias=seen)",
         "sdpa(q, k, values)",
+    ),
+    (
+        "the fast path forgets the mask in the position",
+        "self._position_tables(grid), values, grid, valid)",
+        "self._position_tables(grid), values, grid, None)",
     ),
     (
         "a kernel's heads go row by row",
@@ -127,6 +136,19 @@ def test_takes_any_valid_tokens(build, check, tokens, places, grid):
     valid = torch.rand(3, *grid) < 0.5
     valid[2] = False
     check(mixer, by_loop(mixer, places), tokens(3, *grid, DIM), valid=valid)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_fast_path_never_forms_the_positional_weights(build, tokens, largest, masked):
+    """Nor those of the content, which is the library's; 1 x 40 x 40 tokens have 2 x 1600 x 1600 weights."""
+    mixer, x = build(spec_of(), DIM), tokens(1, 40, 40, DIM)
+    call = {"valid": torch.rand(1, 40, 40) < 0.5} if masked else {}
+    entries = {}
+    for mixer.impl in ("fast", "reference"):
+        with largest() as found, torch.no_grad():
+            mixer(x, **call)
+        entries[mixer.impl] = found.entries
+    assert entries["reference"] == HEADS * 1600**2 and entries["fast"] <= HEADS * 1600 * 40
 
 
 @pytest.mark.parametrize(("options", "extents"), [({}, [(4, 3), (2, 5)]), ({"rank": 1}, [(4,), (7,)])])

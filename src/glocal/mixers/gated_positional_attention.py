@@ -10,6 +10,7 @@ from glocal.aggregation import Aggregation, grid_positions
 from glocal.arguments import flag, resolve_heads
 from glocal.mixer import TokenMixer
 from glocal.mixers._attention import mask_bias, masked_softmax, sdpa
+from glocal.mixers._positional import mix_by_axes
 
 # Shape letters: B batch, N tokens, Q queries, G heads, D channels per head, C channels.
 
@@ -36,7 +37,7 @@ class GatedPositionalAttention(TokenMixer):
         last axis first; `gating_param` [heads], 1 at the start. The bias of `pos_proj` cancels in the softmax.
 
     Cost: 4*N*C^2 + 2*N^2*C multiply-adds. In the fast path the positional part is a product of one softmax for each
-    axis, N*sum(S)*C; with `valid` it is not, and takes N^2*C and the [B, heads, N, N] weights of the position.
+    axis, N*sum(S)*C, and its [heads, N, N] weights are never formed.
 
     Raises:
         ValueError: heads that do not divide the channels; a start as a convolution for a number of heads that is
@@ -126,23 +127,14 @@ class GatedPositionalAttention(TokenMixer):
         if all(n == 1 for n in grid):
             # a single token reads itself, whatever the scores; the fused kernel's derivatives of q and k would be
             # rounding in place of zero
-            content, position = values.flatten(2), values
-        elif valid is None:
-            content = sdpa(q, k, values)
-            position = values.unflatten(1, grid)
-            for axis, table in enumerate(self._position_tables(grid), start=1):
-                position = position.movedim(axis, 1)
-                position = torch.einsum("gnm,bm...gd->bn...gd", table.softmax(-1).to(values.dtype), position)
-                position = position.movedim(1, axis)
-            position = position.flatten(1, -3)
+            content = position = values.flatten(2)
         else:
-            seen = valid.flatten(1)[:, None, None]
-            content = sdpa(q, k, values, bias=mask_bias(seen, q.dtype))
-            static = masked_softmax(self._position_scores(grid, None)[None], seen)
-            position = torch.einsum("bgnm,bmgd->bngd", static.to(values.dtype), values)
+            seen = None if valid is None else mask_bias(valid.flatten(1)[:, None, None], q.dtype)
+            content = sdpa(q, k, values, bias=seen)
+            position = mix_by_axes(self._position_tables(grid), values, grid, valid).flatten(1, -2)
         gate = self.gating_param.sigmoid()[:, None]
-        mixed = (1 - gate) * content.unflatten(-1, (self.num_heads, -1)) + gate * position
-        return self.proj(mixed.flatten(2))
+        content, position = (part.unflatten(-1, (self.num_heads, -1)) for part in (content, position))
+        return self.proj(((1 - gate) * content + gate * position).flatten(2))
 
     def macs(self, grid: Sequence[int]) -> int:
         n = math.prod(grid)
