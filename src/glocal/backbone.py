@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from glocal.blocks import Block, MBConv
+from glocal.operator import undecayed_parts
 from glocal.spec import available, build
 
 # What a letter stands for; C is CoAtNet's convolution block and has no mixer of its own.
@@ -212,6 +213,10 @@ class Backbone(nn.Module):
         for stage in self.stages:
             x = stage(x)
         return self.head(x)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay leaves alone, besides those of one axis; timm's optimizers ask."""
+        return undecayed_parts(self)
 
     @property
     def ablatable(self) -> tuple[str, ...]:

@@ -35,10 +35,13 @@ class Operator(nn.Module, ABC):
     What all operators write: `__init__(self, dim, *, ...)`, which keeps every argument under its own name;
     `out_grid(grid)` and `macs(grid)` where the defaults do not hold; `examples`, specs for dim 32 that tests,
     benchmarks and galleries build; and hooks, which name in their own signature those call arguments that they use.
+    `undecayed` names the parameters that the operator's published training exempts from weight decay, where the rule
+    for biases and scales, one axis, does not find them: tables of position biases, places of heads.
     """
 
     defined_in = ""  # "path/to/file.py:" for an operator of a user's file
     examples: ClassVar[tuple[str, ...]] = ()
+    undecayed: ClassVar[tuple[str, ...]] = ()
 
     dim: int
     rank: int | None  # of the grid; None: any
@@ -102,6 +105,11 @@ class Operator(nn.Module, ABC):
             self.eval()
             torch.func.functional_call(_Definition(self), {f"mixer.{k}": v for k, v in state.items()}, (x,))
         return counter.get_total_flops() // 2  # it counts a multiply-add as two operations
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters, own and of parts, that weight decay leaves alone; named as in timm."""
+        own = {name for name, _ in self.named_parameters() if name.partition(".")[0] in self.undecayed}
+        return own | undecayed_parts(self)
 
     def __repr__(self) -> str:
         """The canonical spec: `glocal.build(repr(mixer), mixer.dim)` is the same operator."""
@@ -259,6 +267,18 @@ class _Definition(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mixer.reference(x)
+
+
+def no_weight_decay(model: nn.Module) -> set[str]:
+    """Names of the parameters that weight decay leaves alone: what the model says by its method of this name, as
+    operators, `Backbone` and timm's models have one; what its parts say if it has none."""
+    own = getattr(model, "no_weight_decay", None)
+    return undecayed_parts(model) if own is None else set(own())
+
+
+def undecayed_parts(model: nn.Module) -> set[str]:
+    """`no_weight_decay` of everything inside a model, by the names that the model's parameters have."""
+    return {f"{part}.{name}" for part, child in model.named_children() for name in no_weight_decay(child)}
 
 
 @contextmanager

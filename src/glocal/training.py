@@ -24,6 +24,7 @@ from glocal.checkpoint import alone_in, load_state, save_state, save_weights, wr
 from glocal.config import RunConfig
 from glocal.data import ImageData
 from glocal.data.augment import crop_and_flip, randaugment
+from glocal.operator import no_weight_decay
 from glocal.plain import to_plain
 from glocal.runs import EpochResult, RunResult, described, finished, identity, images_of
 from glocal.tasks.classification import (
@@ -375,7 +376,9 @@ def rate(step: int, steps: int, warmup: float) -> float:
 
 
 def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameters with two axes or more are decayed; biases and the scales of norms are not."""
-    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    free = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    """Parameters with two axes or more are decayed; biases, scales of norms and what the model exempts are not."""
+    exempt = no_weight_decay(model)
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decayed = [p for name, p in trained if p.ndim > 1 and name not in exempt]
+    free = [p for name, p in trained if p.ndim <= 1 or name in exempt]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]

@@ -20,6 +20,12 @@ from glocal.mixers._grid import pick, pick_or_zero
 class FocalWindows(Attention):
     """Abstract: sources are the pooled windows, then the tokens of the grid; parameters as the released code's."""
 
+    undecayed = (
+        "relative_position_bias_table",
+        "relative_position_bias_table_to_neighbors",
+        "relative_position_bias_table_to_windows",
+    )
+
     _size: Tensor
     _fine: Tensor
     _coarse: Tensor

@@ -21,6 +21,8 @@ SPREAD_STD = 0.01  # of the initial spreads, around 1 or the identity
 class QuadraticScores(PositionalAttention):
     """Abstract: scores of -|S^T (source - query - centre)|^2 / 2; a subclass says what S is."""
 
+    undecayed = ("attention_centers", "attention_spreads")  # as in the released training
+
     def __init__(self, dim: int, *, num_heads: int, out_dim: int | None, stride: int, rank: int) -> None:
         super().__init__(dim, num_heads=num_heads, out_dim=out_dim, rank=rank)
         self.stride = positive("stride", stride)

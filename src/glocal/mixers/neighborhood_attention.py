@@ -52,6 +52,7 @@ class NeighborhoodAttention(Attention):
         "NeighborhoodAttention(kernel_size=4, num_heads=4, dilation=2, causal=True, rank=1)",
         "NeighborhoodAttention(kernel_size=3, num_heads=4, position_bias=False)",
     )
+    undecayed = ("rpb",)
 
     def __init__(
         self,

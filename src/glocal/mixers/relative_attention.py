@@ -55,6 +55,7 @@ class RelativeAttention(Attention):
         "RelativeAttention(grid_size=(16,), num_heads=4, qkv_bias=False)",
         "RelativeAttention(grid_size=(8, 8), num_heads=4, position_bias=False)",
     )
+    undecayed = ("relative_position_bias_table",)
 
     def __init__(
         self,

@@ -50,6 +50,7 @@ class WindowAttention(Attention):
         "WindowAttention(window_size=5, num_heads=4, shift_size=2, rank=1)",
         "WindowAttention(window_size=4, num_heads=4, shift_size=2, position_bias=False)",
     )
+    undecayed = ("relative_position_bias_table",)
 
     def __init__(
         self,
