@@ -252,4 +252,16 @@ FAULTS = {
             "if False else found",
         ),
     ),
+    ("mixer.py", "test_mixer.py", "test_spec.py"): (
+        (
+            "a fast path that makes its own values is given padding that nobody zeroes",
+            'zeroed = "values" in self._takes["fast"] and "valid"',
+            'zeroed = "valid"',
+        ),
+        (
+            "values are made for a fast path that makes its own",
+            'if "values" in self._takes["fast"] else {}',
+            'if self._values(x, call) is not None and "values" in self._takes["fast"] else {}',
+        ),
+    ),
 }

@@ -69,8 +69,8 @@ FAULTS = {
         ),
         (
             "without momentum, statistics are the last batch's",
-            "share = 1 / self.num_batches_tracked if",
-            "share = torch.ones(()) if",
+            "share = 1 / self.num_batches_tracked.to(self.running_mean)",
+            "share = torch.ones_like(self.running_mean)",
         ),
         ("one value per channel is taken for a batch", "if count == 1:", "if count == 0:"),
         ("an empty batch makes the statistics NaN", "if x.numel() == 0:", "if False:"),

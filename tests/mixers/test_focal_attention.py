@@ -260,25 +260,34 @@ def test_pooling_averages_at_first():
 
 
 # planted by scripts/mutate
-FAULTS = (
-    ("tokens of the ring count twice", "ring_once=True", "ring_once=False"),
-    ("the ring wraps around", "wrap=False", "wrap=True"),
-    ("padding is seen by the queries of its window", "return table.masked_fill(~real, -1)", "return table"),
-    (
-        "padding is pooled into the keys",
-        "return self.terms(x, self.sources(x, valid), index",
-        "return self.terms(x, self.sources(x, None), index",
+FAULTS = {
+    "mixers/focal_attention.py": (
+        ("tokens of the ring count twice", "ring_once=True", "ring_once=False"),
+        ("the ring wraps around", "wrap=False", "wrap=True"),
+        ("padding is seen by the queries of its window", "return table.masked_fill(~real, -1)", "return table"),
+        (
+            "padding is pooled into the keys",
+            "return self.terms(x, self.sources(x, valid), index",
+            "return self.terms(x, self.sources(x, None), index",
+        ),
+        (
+            "padding is pooled into the keys of the fast path",
+            "return self.by_window(x, self.sources(x, valid), seen",
+            "return self.by_window(x, self.sources(x, None), seen",
+        ),
+        ("the fast path sees what lies outside", "mask_bias(seen >= 0, x.dtype)", "mask_bias(seen >= -1, x.dtype)"),
+        (
+            "padding is pooled into the values",
+            "self.heads(self.sources(source, valid), 2)",
+            "self.heads(self.sources(source, None), 2)",
+        ),
+        ("the cost has a window for each token", "math.prod(self.counts(grid)))", "math.prod(grid))"),
     ),
-    (
-        "padding is pooled into the keys of the fast path",
-        "return self.by_window(x, self.sources(x, valid), seen",
-        "return self.by_window(x, self.sources(x, None), seen",
+    ("mixers/_focal.py", "mixers/test_focal_attention.py", "mixers/test_released_focal_attention.py"): (
+        (
+            "the fast path pools windows for keys and for values",
+            "(pick_or_zero(self.heads(sources, part), table)",
+            "(pick_or_zero(self.heads(self.sources(x, None), part), table)",
+        ),
     ),
-    ("the fast path sees what lies outside", "mask_bias(seen >= 0, x.dtype)", "mask_bias(seen >= -1, x.dtype)"),
-    (
-        "padding is pooled into the values",
-        "self.heads(self.sources(source, valid), 2)",
-        "self.heads(self.sources(source, None), 2)",
-    ),
-    ("the cost has a window for each token", "math.prod(self.counts(grid)))", "math.prod(grid))"),
-)
+}

@@ -179,36 +179,58 @@ def test_training_refuses_statistics_of_one_value(build, tokens):
 
 
 # planted by scripts/mutate
-FAULTS = (
-    ("merging forgets the norm's epsilon", "(self.bn.running_var + self.bn.eps).sqrt()", "self.bn.running_var.sqrt()"),
-    ("merging forgets the running mean", "self.bn.bias - self.bn.running_mean * scale", "self.bn.bias"),
-    ("merging puts margins of the rows around the columns", "for margin in reversed(margins)", "for margin in margins"),
-    ("merging takes the large branch's bias alone", "bias = bias + small_bias", "bias = bias"),
-    (
-        "the merged convolution has no stride",
-        "kernel_size=self.kernel_size, stride=self.stride, rank=self.rank",
-        "kernel_size=self.kernel_size, rank=self.rank",
+FAULTS = {
+    "mixers/large_kernel_conv.py": (
+        (
+            "merging forgets the norm's epsilon",
+            "(self.bn.running_var + self.bn.eps).sqrt()",
+            "self.bn.running_var.sqrt()",
+        ),
+        ("merging forgets the running mean", "self.bn.bias - self.bn.running_mean * scale", "self.bn.bias"),
+        (
+            "merging puts margins of the rows around the columns",
+            "for margin in reversed(margins)",
+            "for margin in margins",
+        ),
+        ("merging takes the large branch's bias alone", "bias = bias + small_bias", "bias = bias"),
+        (
+            "the merged convolution has no stride",
+            "kernel_size=self.kernel_size, stride=self.stride, rank=self.rank",
+            "kernel_size=self.kernel_size, rank=self.rank",
+        ),
+        (
+            "padding counts in the statistics",
+            "return normalise(self.bn, out, valid, update=update)",
+            "return normalise(self.bn, out, None, update=update)",
+        ),
+        ("padding is read", "x = x.masked_fill(~valid[..., None], 0)", "pass"),
+        (
+            "statistics never move",
+            "return normalise(self.bn, out, valid, update=update)",
+            "return normalise(self.bn, out, valid, update=False)",
+        ),
+        (
+            "with a stride the wrong outputs count as real",
+            "torch.arange(0, valid.shape[axis], self.stride,",
+            "torch.arange(len(range(0, valid.shape[axis], self.stride)),",
+        ),
+        (
+            "the small branch counts twice",
+            "out = out + self.small_conv(x, valid, stride=self.stride, update=update_statistics)",
+            "out = out + self.small_conv(x, valid, stride=self.stride, update=update_statistics) * 2",
+        ),
+        ("the cost leaves out the small kernel", " + (0 if self._small is None else math.prod(self._small))", ""),
     ),
-    (
-        "padding counts in the statistics",
-        "return normalise(self.bn, out, valid, update=update)",
-        "return normalise(self.bn, out, None, update=update)",
+    "mixers/_norm.py": (
+        (
+            "the momentum is rounded to float32",
+            "torch.tensor(self.momentum, dtype=self.running_mean.dtype)",
+            "torch.tensor(self.momentum)",
+        ),
+        (
+            "the plain average is one in float32",
+            "1 / self.num_batches_tracked.to(self.running_mean)",
+            "(1 / self.num_batches_tracked).to(self.running_mean)",
+        ),
     ),
-    ("padding is read", "x = x.masked_fill(~valid[..., None], 0)", "pass"),
-    (
-        "statistics never move",
-        "return normalise(self.bn, out, valid, update=update)",
-        "return normalise(self.bn, out, valid, update=False)",
-    ),
-    (
-        "with a stride the wrong outputs count as real",
-        "torch.arange(0, valid.shape[axis], self.stride,",
-        "torch.arange(len(range(0, valid.shape[axis], self.stride)),",
-    ),
-    (
-        "the small branch counts twice",
-        "out = out + self.small_conv(x, valid, stride=self.stride, update=update_statistics)",
-        "out = out + self.small_conv(x, valid, stride=self.stride, update=update_statistics) * 2",
-    ),
-    ("the cost leaves out the small kernel", " + (0 if self._small is None else math.prod(self._small))", ""),
-)
+}

@@ -13,13 +13,86 @@ import glocal
 DIM = 4
 ALPHA = 46.0  # spread^2 / 2: what lies a token beside the centre has a weight of e^-46, below float64's rounding
 
-FAULTS = (
-    ("the definition sees padding", "position, x, valid, queries", "position, x, None, queries"),
-    ("spreads have no gradient", "precise(self.attention_spreads)", "precise(self.attention_spreads.detach())"),
-    ("spreads start around 0", "nn.Parameter(1 + SPREAD_STD", "nn.Parameter(SPREAD_STD"),
-    ("spreads are rounded", "precise(self.attention_spreads)", "self.attention_spreads"),
-    ("queries are every token", "x, valid, queries, stride=self.stride)", "x, valid, queries)"),
-)
+FAULTS = {
+    "mixers/quadratic_attention.py": (
+        ("the definition sees padding", "position, x, valid, queries", "position, x, None, queries"),
+        ("spreads have no gradient", "precise(self.attention_spreads)", "precise(self.attention_spreads.detach())"),
+        ("spreads start around 0", "nn.Parameter(1 + SPREAD_STD", "nn.Parameter(SPREAD_STD"),
+        ("spreads are rounded", "precise(self.attention_spreads)", "self.attention_spreads"),
+        ("queries are every token", "x, valid, queries, stride=self.stride)", "x, valid, queries)"),
+    ),
+    ("mixers/_positional.py", "mixers/test_quadratic_attention.py", "mixers/test_gated_positional_attention.py"): (
+        (
+            "rows of sources share one mask",
+            "seen = valid[:, None, :, None]",
+            "seen = valid.any(1)[:, None, None, None]",
+        ),
+        (
+            "rows of sources count the same, however much they hold",
+            "rows[:, None] + of_row,",
+            "rows[:, None] + 0 * of_row,",
+        ),
+        ("rows without a valid source count", "valid.any(2)[:, None, None, None])", "None)"),
+        ("a row's sum counts what is not valid", "in_row.logsumexp", "columns[:, None].expand_as(in_row).logsumexp"),
+        ("sequences see padding", "None if valid is None else valid[:, None, None])", "None)"),
+        (
+            "axes change places where everything is valid",
+            "    rows, columns = scores\n    if valid is None:\n",
+            "    rows, columns = scores\n    if valid is None:\n        rows, columns = columns, rows\n",
+        ),
+        ("what a query may not see has a weight", "(in_row.softmax(-1) * seen)", "columns[:, None].softmax(-1)"),
+    ),
+    ("mixers/_quadratic.py", "mixers/test_quadratic_attention.py", "mixers/test_generalized_quadratic_attention.py"): (
+        (
+            "autocast rounds distances",
+            "(from_centre[..., None] * spreads).sum(-2)",
+            "(from_centre.unsqueeze(-2) @ spreads).squeeze(-2)",
+        ),
+        (
+            "the precision is S^T S",
+            "(from_centre[..., None] * spreads).sum(-2)",
+            "(from_centre[..., None, :] * spreads).sum(-1)",
+        ),
+        ("the centre's sign is flipped in the definition", "offset - precise(", "offset + precise("),
+        (
+            "the centre's sign is flipped on the fast path",
+            "stride=self.stride) - centres[",
+            "stride=self.stride) + centres[",
+        ),
+        ("the half is missing in the definition", "-0.5 * scaled.square()", "-scaled.square()"),
+        ("the distance is not squared", "scaled.square().sum(-1)", "scaled.abs().sum(-1)"),
+        ("the spread is not squared on the fast path", "* from_centre).square())", "* from_centre.square()))"),
+        (
+            "rows and columns of centres are swapped on the fast path",
+            "centres[:, axis, None, None]",
+            "centres[:, -1 - axis, None, None]",
+        ),
+        (
+            "rows and columns of spreads are swapped on the fast path",
+            "spreads[:, axis, None, None]",
+            "spreads[:, -1 - axis, None, None]",
+        ),
+        (
+            "the fast path's queries are the first tokens, not every stride-th",
+            "axis_offsets(n, x.device, stride=self.stride)",
+            "axis_offsets(n, x.device)[: (n + self.stride - 1) // self.stride]",
+        ),
+        ("the fast path sees padding", "scores, values, grid, valid", "scores, values, grid, None"),
+        (
+            "centres have no gradient on the fast path",
+            "x.shape[1:-1], precise(self.attention_centers)",
+            "x.shape[1:-1], precise(self.attention_centers.detach())",
+        ),
+        ("the table is read one entry early", "last_query(grid[axis], stride)", "last_query(grid[axis], stride) - 1"),
+        ("offsets are query minus source", "return torch.arange(-last", "return -torch.arange(-last"),
+        (
+            "the definition's queries are the first tokens, not every stride-th",
+            "table.device, stride=stride)",
+            "table.device)",
+        ),
+        ("queries go column by column", "in reversed(range(len(grid))):", "in range(len(grid)):"),
+    ),
+}
 
 
 def spec_of(num_heads, rank=2, **arguments):

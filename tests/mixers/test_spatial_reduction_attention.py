@@ -187,26 +187,31 @@ def test_parameters_of_pvt():
 
 
 # planted by scripts/mutate
-FAULTS = (
-    (
-        "zeros fill up the front of an axis",
-        "for m in (0, end))",
-        "for m in (end, 0))",
+FAULTS = {
+    "mixers/spatial_reduction_attention.py": (
+        ("zeros fill up the front of an axis", "for m in (0, end))", "for m in (end, 0))"),
+        ("zeros fill up the other axis", "for end in reversed(more)", "for end in more"),
+        (
+            "a convolution reads what stands in the padding",
+            "x = x if valid is None else x.masked_fill(~valid[..., None], 0)",
+            "x = x",
+        ),
+        ("a cell counts only where all its tokens are real", ".any(axis + 1)", ".all(axis + 1)"),
+        ("cells are not normalised", "return self.norm(self.sr(", "return (self.sr("),
+        (
+            "the ratio of the rows is taken for that of the columns",
+            'per_axis("sr_ratio", sr_ratio, rank)',
+            'per_axis("sr_ratio", sr_ratio, rank)[::-1]',
+        ),
+        ("a ratio that reduces one axis only is taken for none", "max(self._ratio) > 1", "min(self._ratio) > 1"),
+        ("the last cell of an axis is dropped from the grid", "out_lengths((n,), r)[0]", "max(n // r, 1)"),
+        ("the cost leaves out the convolution", "pooled * math.prod(self._ratio) * self.dim**2", "0"),
     ),
-    ("zeros fill up the other axis", "for end in reversed(more)", "for end in more"),
-    (
-        "a convolution reads what stands in the padding",
-        "x = x if valid is None else x.masked_fill(~valid[..., None], 0)",
-        "x = x",
+    "mixers/_reduced_attention.py": (
+        (
+            "the fast path reduces the map for keys and for values",
+            "keys_and_values = self.kv(self.reduced(x, valid))",
+            "keys_and_values = self.kv((self.reduced(x, valid) + self.reduced(x, valid)) / 2)",
+        ),
     ),
-    ("a cell counts only where all its tokens are real", ".any(axis + 1)", ".all(axis + 1)"),
-    ("cells are not normalised", "return self.norm(self.sr(", "return (self.sr("),
-    (
-        "the ratio of the rows is taken for that of the columns",
-        'per_axis("sr_ratio", sr_ratio, rank)',
-        'per_axis("sr_ratio", sr_ratio, rank)[::-1]',
-    ),
-    ("a ratio that reduces one axis only is taken for none", "max(self._ratio) > 1", "min(self._ratio) > 1"),
-    ("the last cell of an axis is dropped from the grid", "out_lengths((n,), r)[0]", "max(n // r, 1)"),
-    ("the cost leaves out the convolution", "pooled * math.prod(self._ratio) * self.dim**2", "0"),
-)
+}
