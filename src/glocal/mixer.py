@@ -26,36 +26,49 @@ class Unsupported(ValueError):
 class Cache:
     """What a causal operator remembers of earlier tokens, so that a call needs to bring only the new ones.
 
-    One mixer's: give each layer of a network its own. `join` never changes what was remembered; `commit`, called
-    once at the end of a forward pass, does.
+    One mixer's: give each layer of a network its own. `join` and `put` never change what was remembered; `commit`,
+    called once at the end of a forward pass, does.
     """
 
     def __init__(self) -> None:
         self._past: dict[str, Tensor] = {}
-        self._joined: dict[str, Tensor] = {}
+        self._next: dict[str, Tensor] = {}
+        self._length = 0
         self._owner: int | None = None
 
     def __len__(self) -> int:
-        """Tokens remembered."""
-        return next((past.shape[1] for past in self._past.values()), 0)
+        """Tokens that calls have brought so far; fewer may be kept."""
+        return self._length
 
-    def join(self, name: str, new: Tensor) -> Tensor:
-        """`new` [B, t, ...] behind what is remembered under this name."""
-        past = self._past.get(name, new[:, :0])
-        if past.shape[0] != new.shape[0]:
-            raise ValueError(f"cache: remembers {past.shape[0]} sequences, x has {new.shape[0]}")
-        self._joined[name] = torch.cat([past, new], dim=1)
-        return self._joined[name]
+    def join(self, name: str, new: Tensor, limit: int | None = None) -> Tensor:
+        """`new` [B, t, ...] behind what is remembered under this name, of which the last `limit` tokens are kept."""
+        past = self.recall(name, new.shape[0])
+        joined = new if past is None else torch.cat([past, new], dim=1)
+        # a copy: a view would keep all of a long beginning in memory
+        self._next[name] = joined if limit is None else joined[:, max(joined.shape[1] - limit, 0) :].clone()
+        return joined
 
-    def commit(self) -> None:
-        """Remembers what was joined since."""
-        self._past.update(self._joined)
-        self._joined = {}
+    def recall(self, name: str, batch: int) -> Tensor | None:
+        """What is remembered under this name, of as many sequences as x has; None before the first call."""
+        past = self._past.get(name)
+        if past is not None and past.shape[0] != batch:
+            raise ValueError(f"cache: remembers {past.shape[0]} sequences, x has {batch}")
+        return past
+
+    def put(self, name: str, state: Tensor) -> None:
+        """To be remembered in place of what is: [B, ...], such as running sums."""
+        self._next[name] = state
+
+    def commit(self, tokens: int = 0) -> None:
+        """Remembers what was joined or put since, by a call that brought so many tokens."""
+        self._past.update(self._next)
+        self._next = {}
+        self._length += tokens
 
     def copy(self) -> "Cache":
         """The same memory now; later commits to either do not touch the other."""
         other = Cache()
-        other._past, other._owner = dict(self._past), self._owner
+        other._past, other._length, other._owner = dict(self._past), self._length, self._owner
         return other
 
     def belong_to(self, mixer: nn.Module) -> None:
@@ -75,21 +88,22 @@ class TokenMixer(Operator):
 
     - `__init__(self, dim, *, ...)`: keeps every argument under its own name; `repr` prints them.
     - `values(source)`: what each source offers, [B, *S, C] -> [B, M, G|1, D]. Where sources are not the tokens
-      (pooled ones), it names `valid` and zeroes itself what holds no real token.
+      (pooled ones), it names `valid` and zeroes itself what holds no real token; where it names `cache`, it joins
+      what is remembered itself.
     - `weights(x, ...)`: how much goes where -> `Aggregation`, differentiable.
     - `project(mixed)`: write back, [B, N, G*D] -> [B, N, C_out]; the identity if left out.
     - `fast(x, values, ...)`: optional, the output [B, ..., C_out] without forming A. `values` are those of
       `values`, already zero where `valid` is False; `fast(x, ...)` makes them itself, with whatever else it needs.
     - `unsupported(x, ...)`: optional, a sentence that says why `fast` cannot run here, or None.
-    - `out_grid(grid)`, `macs(grid)` where the defaults do not hold.
+    - `out_grid(grid)`, `macs(grid)`, `remembers` where the defaults do not hold.
     - `examples`: specs for dim 32 that tests, benchmarks and galleries build.
 
     `weights`, `scores`, `fast` and `unsupported` name in their own signature those call arguments they use, out
     of `source, grid, valid, pos_embed, source_pos_embed, queries, cache` (see `forward`). What an operator's
     `weights` does not name is refused in words, but for three that need nothing of it: `queries` (rows are then
     selected), `valid` (values elsewhere are zero in any case) and `grid` (x is reshaped). A call with an argument
-    that `weights` names and `fast` does not runs by the definition. An operator with batch norm in its weight path
-    names `update_statistics` too: True in a forward pass, False when somebody only looks.
+    that `weights` names and `fast` does not runs by the definition. An operator with batch norm or dropout in its
+    weight path names `update_statistics` too: True in a forward pass in training, False when somebody only looks.
     """
 
     impl: Literal["auto", "reference", "fast"] = "auto"
@@ -143,7 +157,8 @@ class TokenMixer(Operator):
             pos_embed: added to x for queries, and for keys if there is no source; never to values.
             source_pos_embed: added to the source for keys.
             queries: int64 [Q], positions in the flattened output; only these are computed.
-            cache: tokens of earlier calls; x holds those that follow. Updated by the call.
+            cache: of causal operators on sequences: what they remember of earlier calls; x [B, t, C] holds the tokens
+                that follow, and `valid` is that of all tokens so far. Updated by the call.
 
         Returns:
             [B, *S_out, C_out]; flat [B, N, C_out] where x is flat, [B, Q, C_out] with `queries`.
@@ -170,7 +185,7 @@ class TokenMixer(Operator):
         values = {"values": self._values(x, call)} if "values" in self._takes["fast"] else {}
         out = self.fast(x, **values, **self._only("fast", call, update=True))
         if cache is not None:
-            cache.commit()
+            cache.commit(x.shape[1])
         return out.reshape(shape)
 
     def reference(self, x: Tensor, source: Tensor | None = None, **call: Any) -> Tensor:
@@ -180,7 +195,7 @@ class TokenMixer(Operator):
         x, call = self._bind(x, call)
         out = self.project(aggregate(self._aggregation(x, call, update=True), self._values(x, call)))
         if "cache" in call:
-            call["cache"].commit()
+            call["cache"].commit(x.shape[1])
         return out.reshape(shape)
 
     def weights(self, x: Tensor, source: Tensor | None = None, **call: Any) -> Aggregation:
@@ -216,8 +231,8 @@ class TokenMixer(Operator):
 
     def _values(self, x: Tensor, call: dict[str, Any]) -> Tensor:
         values = self.values(call.get("source", x), **self._only("values", call))
-        if "cache" in call:
-            values = call["cache"].join("values", values)
+        if "cache" in call and "cache" not in self._takes["values"]:
+            values = call["cache"].join("values", values, self.remembers)
         if "valid" in call and "valid" not in self._takes["values"]:
             values = values.masked_fill(~call["valid"].reshape(*values.shape[:2], 1, 1), 0)
         return values

@@ -82,6 +82,11 @@ class Operator(nn.Module, ABC):
         forward.__doc__ = whole.__doc__
         cls.forward = forward
 
+    @property
+    def remembers(self) -> int | None:
+        """With a cache: how many tokens before the new ones are kept, and read; None: all."""
+        return None
+
     @abstractmethod
     def reference(self, x: Tensor, source: Tensor | None = None, **call: Any) -> Tensor:
         """The definition; arguments and result as those of a call."""
@@ -141,6 +146,10 @@ class Operator(nn.Module, ABC):
             if source.shape[0] != x.shape[0]:
                 raise ValueError(f"{name}: source has {source.shape[0]} images, x has {x.shape[0]}")
         if "cache" in call:
+            if not getattr(self, "causal", False) or x.dim() != 3:
+                raise ValueError(f"{name}: cache was given; it needs causal=True and x of shape [B, t, C]")
+            for other in call.keys() & {"source", "grid"}:
+                raise ValueError(f"{name}: {other} was given with a cache, which holds one sequence of plain tokens")
             call["cache"].belong_to(self)
         for argument, tokens in (("pos_embed", x), ("source_pos_embed", x if source is None else source)):
             if argument in call:
@@ -180,11 +189,16 @@ class Operator(nn.Module, ABC):
         tokens = tuple((x if source is None else source).shape[:-1])
         past = len(call["cache"]) if "cache" in call else 0
         valid = check_valid(type(self).__name__, call["valid"], (tokens[0], tokens[1] + past, *tokens[2:]))
-        call["valid"] = valid
+        call["valid"] = valid[:, past - self._kept(call.get("cache")) :]
         if source is None:
             return finite_outside(x, valid[:, past:]), call
         call["source"] = finite_outside(source, valid)
         return x, call
+
+    def _kept(self, cache: Any) -> int:
+        """Tokens of earlier calls that are among the sources, in front of the new ones."""
+        past = 0 if cache is None else len(cache)
+        return past if self.remembers is None else min(past, self.remembers)
 
     def _out_shape(self, x: Tensor, call: dict[str, Any]) -> tuple[int, ...]:
         if "queries" in call:

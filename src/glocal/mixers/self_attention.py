@@ -133,8 +133,6 @@ class SelfAttention(Attention):
     ) -> tuple[Tensor, Tensor]:
         if self.causal and source is not None:
             raise ValueError("SelfAttention: source was given, causal=True; an order holds within one sequence only")
-        if cache is not None and (not self.causal or x.dim() != 3):
-            raise ValueError("SelfAttention: cache was given; it needs causal=True and x of shape [B, t, C]")
         if source is None:
             source_pos_embed = pos_embed if source_pos_embed is None else source_pos_embed
         q = self.heads(add_position(x, pos_embed), 0)
