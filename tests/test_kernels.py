@@ -55,6 +55,16 @@ def test_gathered_derivatives(index, check):
     assert check(lambda w, v: gathered_sum(w, v, index), (random(B, N, G, K), random(B, M, G, D)))
 
 
+@pytest.mark.parametrize("past", [0, 1, 3, 6])
+def test_local_sum_behind_a_past_is_the_end_of_the_whole_one(past):
+    """Also where the past is longer than the taps reach, and with kernels that all positions share."""
+    x, w = random(B, 7, 4), random(B, 7, 2, 3)
+    whole = local_sum(x, w, 2, left=2)
+    torch.testing.assert_close(local_sum(x, w[:, past:], 2, left=2, past=past), whole[:, past:])
+    shared = local_sum(x, w[:, :1], 2, left=2)
+    torch.testing.assert_close(local_sum(x, w[:, :1], 2, left=2, past=past), shared[:, past:])
+
+
 def test_every_custom_op_passes_opcheck():
     ops = {
         "gathered_scores": (random(B, N, G, D), random(B, M, G, D), INDEX[None]),

@@ -9,19 +9,21 @@ import torch
 from torch import Tensor
 
 
-def local_sum(x: Tensor, w: Tensor, dilation: int = 1, *, left: int | None = None) -> Tensor:
+def local_sum(x: Tensor, w: Tensor, dilation: int = 1, *, left: int | None = None, past: int = 0) -> Tensor:
     """y[b, i, c] = sum over taps t of w[b, i, g(c), t] * x[b, i + dilation * (t - left), c], zeros outside.
 
     Args:
         x: [B, *S, C].
-        w: [B or 1, *S or 1 each, G, K**rank], taps in raster order; channels c of group g are consecutive,
+        w: [B or 1, *N or 1 each, G, K**rank], taps in raster order; channels c of group g are consecutive,
             G divides C. An axis of size 1 is shared: kernels may be static, per image, or per position.
         dilation: distance between taps.
         left: taps in front of i along every axis; by default the middle of K, which must then be odd. K - 1 makes
             a causal sum.
+        past: positions at the start of every axis that are read and have no sum of their own: N = S - past, and y
+            begins behind them.
 
     Returns:
-        [B, *S, C]. Sums are taken in float32 or wider.
+        [B, *N, C]. Sums are taken in float32 or wider.
 
     Cost: B*N*C*K**rank multiply-adds. Memory: one padded copy of x and one copy of w.
 
@@ -40,7 +42,7 @@ def local_sum(x: Tensor, w: Tensor, dilation: int = 1, *, left: int | None = Non
     if x.shape[-1] % w.shape[-2]:
         raise ValueError(f"w: {w.shape[-2]} groups do not divide the {x.shape[-1]} channels of x")
     wide = torch.promote_types(torch.promote_types(x.dtype, w.dtype), torch.float32)
-    margins = (dilation * left, dilation * (kernel - 1 - left))
+    margins = (dilation * left - past, dilation * (kernel - 1 - left))  # below 0: cut off
     padded = torch.nn.functional.pad(x.to(wide), (0, 0) + margins * rank).unflatten(-1, (w.shape[-2], -1))
     # taps first: each is then read in order, and unbind gives their gradients back in one piece
     each_tap = w.to(wide).movedim(-1, 0).contiguous().unsqueeze(-1).unbind(0)
@@ -48,7 +50,7 @@ def local_sum(x: Tensor, w: Tensor, dilation: int = 1, *, left: int | None = Non
     for weight, offset in zip(each_tap, product(range(kernel), repeat=rank), strict=True):
         shifted = padded
         for axis, o in enumerate(offset):
-            shifted = shifted.narrow(axis + 1, o * dilation, x.shape[axis + 1])
+            shifted = shifted.narrow(axis + 1, o * dilation, x.shape[axis + 1] - past)
         out = shifted * weight if out is None else torch.addcmul(out, shifted, weight)
     assert out is not None
     return out.flatten(-2).to(torch.promote_types(x.dtype, w.dtype))
