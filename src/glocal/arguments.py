@@ -26,6 +26,13 @@ def flag(name: str, value: bool) -> bool:
     return value
 
 
+def rate(name: str, value: float) -> float:
+    """`value` if it is a share that may be dropped: 0 <= value < 1."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
+        raise ValueError(f"{name}: {value!r}, must be a number, at least 0 and less than 1")
+    return value
+
+
 def per_axis(name: str, value: int | Sequence[int], rank: int) -> tuple[int, ...]:
     """One positive number for each axis of the grid, from one for all or one for each."""
     if not isinstance(value, int | list | tuple) or isinstance(value, bool):

@@ -11,6 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from glocal.aggregation import grid_positions
+from glocal.mixer import Cache
+
 
 def join(axes: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
     """Per-axis tables to one raster-order table: [..., n_a, k_a] each -> [..., prod n_a, prod k_a].
@@ -47,6 +50,17 @@ def kernel_index(
         for n, k, p in zip(grid, kernel, left, strict=True)
     ]
     return join(each, grid)
+
+
+def places_behind(x: Tensor, cache: Cache | None, kept: int) -> tuple[tuple[int, ...], Tensor, Tensor]:
+    """The grid of the sources, positions of queries and of sources, for tokens [B, *S, C] behind `kept` ones."""
+    grid = tuple(x.shape[1:-1])
+    if cache is None:
+        places = grid_positions(grid, device=x.device)
+        return grid, places, places
+    sources = (kept + grid[0],)
+    places = grid_positions(sources, offset=kept - len(cache), device=x.device)
+    return sources, places[kept:], places
 
 
 def centre_padding(kernel: Sequence[int], dilation: int = 1) -> tuple[int, ...]:
