@@ -16,6 +16,7 @@ from glocal.mixers.inhomogeneous_depthwise_conv import InhomogeneousDepthwiseCon
 from glocal.mixers.involution import Involution as Involution
 from glocal.mixers.large_kernel_conv import LargeKernelConv as LargeKernelConv
 from glocal.mixers.learned_relative_attention import LearnedRelativeAttention as LearnedRelativeAttention
+from glocal.mixers.lightweight_conv import LightweightConv as LightweightConv
 from glocal.mixers.linear_attention import LinearAttention as LinearAttention
 from glocal.mixers.linear_spatial_reduction_attention import (
     LinearSpatialReductionAttention as LinearSpatialReductionAttention,
