@@ -10,8 +10,13 @@ from torch.testing import assert_close
 import glocal
 
 FAULTS = (
-    ("the softmax is taken over heads", "content.softmax(-1), index", "content.softmax(1), index"),
-    ("the fast path does not normalise the taps", "(values).softmax(-1).unflatten", "(values).unflatten"),
+    ("the softmax is taken over heads", "logits.softmax(-1)", "logits.softmax(2)"),
+    ("taps are not normalised", "logits.softmax(-1)", "logits"),
+    ("looking drops taps", "transpose(1, 2), update_statistics)", "transpose(1, 2), self.training)"),
+    ("the fast path drops none", "kept:]), update_statistics)", "kept:]), False)"),
+    ("taps are dropped in evaluation too", "self.weight_dropout, training)", "self.weight_dropout, True)"),
+    ("one token too many is kept", "        return self.kernel_size - 1\n", "        return self.kernel_size\n"),
+    ("kernels are predicted from kept tokens", "(values[:, kept:])", "(values[:, : len(values[0]) - kept])"),
     (
         "kernels are read tap by tap, not head by head",
         "(values.flatten(2)).unflatten(-1, (self.num_heads, -1))",
@@ -163,6 +168,53 @@ def test_padding_leaves_images_alone(build, check_padding, arguments, extents):
     check_padding(build(f"DynamicConv({arguments})", 8), extents, 8)
 
 
+@pytest.mark.parametrize("impl", ["reference", "fast"])
+def test_training_drops_taps_after_the_softmax(build, impl):
+    """Away from an impulse kernels are uniform: each tap is 0 or larger by 1 / (1 - rate), for each token by itself."""
+    mixer = build("DynamicConv(kernel_size=9, num_heads=4, weight_dropout=0.4, rank=1)", 8)
+    mixer.impl = impl
+    x = torch.zeros(2, 21, 8, dtype=torch.float64)
+    x[:, 10] = 1
+    near = [6, 7, 8, 9, 11, 12, 13, 14]
+    assert_close(mixer(x)[:, near], torch.full((2, 8, 8), 1 / 9, dtype=torch.float64))
+    mixer.train()
+    y = mixer(x)[:, near]
+    assert_close(y[..., ::2], y[..., 1::2], rtol=0, atol=0)  # channels of one head
+    kept = y[..., ::2] > 0
+    assert_close(y[..., ::2], kept.double() / (9 * 0.6), rtol=1e-12, atol=0)
+    assert 20 < kept.sum() < 60
+    assert not torch.equal(kept[0], kept[1])
+
+
+def test_both_paths_drop_the_same_and_looking_drops_nothing(build, tokens):
+    mixer = build("DynamicConv(kernel_size=3, num_heads=4, weight_dropout=0.5, projection=True)", 8)
+    x = tokens(2, 4, 5, 8)
+    looked = mixer.weights(x).weights
+    mixer.train()
+    outputs = []
+    for mixer.impl in ("reference", "fast"):
+        torch.manual_seed(5)
+        outputs.append(mixer(x))
+    assert_close(*outputs)
+    before = torch.get_rng_state()
+    assert_close(mixer.weights(x).weights, looked, rtol=0, atol=0)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("impl", ["reference", "fast"])
+@pytest.mark.parametrize("kernel_size", [1, 4])
+def test_a_cache_keeps_the_last_taps_but_one(build, tokens, impl, kernel_size):
+    mixer = build(f"DynamicConv(kernel_size={kernel_size}, num_heads=2, causal=True, projection=True, rank=1)", 4)
+    mixer.impl = impl
+    x, cache = tokens(2, 9, 4), glocal.Cache()
+    mixer(x[:, :8], cache=cache)
+    assert cache.recall("values", 2).shape == (2, kernel_size - 1, 2, 2) and len(cache) == 8
+    looked = mixer.weights(x[:, 8:], cache=cache)
+    assert looked.query_positions.tolist() == [[8]]
+    assert looked.source_positions.flatten().tolist() == list(range(9 - kernel_size, 9))
+    assert_close(mixer(x[:, 8:], cache=cache), oracle_of(mixer, kernel_size, 2, True)(x)[:, 8:])
+
+
 def test_parameters():
     def shapes(spec):
         return {k: tuple(v.shape) for k, v in glocal.build(spec, 64).named_parameters()}
@@ -190,6 +242,7 @@ def test_weights_are_shared_by_the_channels_of_a_head(build, tokens):
         ("kernel_size=(3, 3), num_heads=2", r"kernel_size: \(3, 3\), must be a positive whole number"),
         ("num_heads=3", "num_heads: 3 does not divide 8 channels"),
         ("num_heads=2, causal=1", "causal: 1, must be True or False"),
+        ("num_heads=2, weight_dropout=-0.1", "weight_dropout: -0.1, must be a number, at least 0 and less than 1"),
         ("num_heads=2, rank=3", "rank: 3, must be 1"),
     ],
 )

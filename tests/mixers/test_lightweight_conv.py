@@ -10,19 +10,35 @@ from torch.testing import assert_close
 import glocal
 
 FAULTS = (
-    ("the softmax is taken over heads", "flatten(1).softmax(-1)", "flatten(1).softmax(0)"),
-    ("taps are not normalised", "flatten(1).softmax(-1)", "flatten(1)"),
+    (
+        "the softmax is taken over all heads together",
+        "logits.softmax(-1)",
+        "logits.flatten().softmax(0).view_as(logits)",
+    ),
+    ("taps are not normalised", "logits.softmax(-1)", "logits"),
     ("a causal kernel ends one token late", "return self.kernel_size - 1 if", "return self.kernel_size - 2 if"),
-    ("channels take the heads in turn", ".repeat_interleave(self.dim // self.num_heads, 0)", ".repeat(self.dim // self.num_heads, 1)"),  # noqa: E501
+    (
+        "channels take the heads in turn",
+        ".repeat_interleave(self.dim // self.num_heads, 0)",
+        ".repeat(self.dim // self.num_heads, 1)",
+    ),
     ("the gate is the first half", "glu(self.linear1(v))", "glu(self.linear1(v).roll(self.dim, -1))"),
     ("the fast path has no output projection", "return self.linear2(conv(", "return (conv("),
-    ("no gradient reaches the kernels", "(self.weight.flatten(1).softmax", "(self.weight.detach().flatten(1).softmax"),
-    ("looking drops taps", "self._taps(update_statistics)[None", "self._taps(self.training)[None"),
-    ("the fast path drops none", "taps = self._taps(update_statistics)", "taps = self._taps(False)"),
+    (
+        "no gradient reaches the kernels",
+        "self._taps(self.weight.flatten(1)",
+        "self._taps(self.weight.detach().flatten(1)",
+    ),
+    ("looking drops taps", "self._taps(position, update_statistics)", "self._taps(position, self.training)"),
+    ("the fast path drops none", "self.weight.flatten(1), update_statistics)", "self.weight.flatten(1), False)"),
     ("taps are dropped in evaluation too", "self.weight_dropout, training)", "self.weight_dropout, True)"),
-    ("one token too many is kept", "int:\n        return self.kernel_size - 1\n", "int:\n        return self.kernel_size\n"),
+    (
+        "one token too many is kept",
+        "int:\n        return self.kernel_size - 1\n",
+        "int:\n        return self.kernel_size\n",
+    ),
     ("zeros stand where the kept tokens end", "(front - self._kept(cache), 0)", "(0, front - self._kept(cache))"),
-)  # fmt: skip
+)
 
 
 def values_of(mixer, x):

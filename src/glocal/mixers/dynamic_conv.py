@@ -90,10 +90,11 @@ class DynamicConv(TokenMixer):
 
     def weights(self, x: Tensor, *, cache: Cache | None = None, update_statistics: bool = False) -> Aggregation:
         grid, rank = tuple(x.shape[1:-1]), x.dim() - 2
+        (content,) = self._scores(x).values()
         source_grid, places, source_places = places_behind(x, cache, kept := self._kept(cache))
         index = kernel_index(source_grid, [self.kernel_size] * rank, left=[self._left] * rank, device=x.device)[kept:]
         return Aggregation(
-            self._taps(self.values(x), update_statistics).transpose(1, 2),
+            self._taps(content.transpose(1, 2), update_statistics).transpose(1, 2),
             index[None, None],
             math.prod(source_grid),
             places,
@@ -107,7 +108,7 @@ class DynamicConv(TokenMixer):
 
     def fast(self, x: Tensor, values: Tensor, *, cache: Cache | None = None, update_statistics: bool = False) -> Tensor:
         kept, grid = self._kept(cache), x.shape[1:-1]
-        kernels = self._taps(values[:, kept:], update_statistics).unflatten(1, grid)
+        kernels = self._taps(self._logits(values[:, kept:]), update_statistics).unflatten(1, grid)
         values = values.reshape(x.shape) if cache is None else values.flatten(2)
         return self.linear2(local_sum(values, kernels, left=self._left, past=kept))
 
@@ -129,5 +130,5 @@ class DynamicConv(TokenMixer):
         """[B, N, heads, D] -> [B, N, heads, K]: each token's kernels before the softmax."""
         return self.weight_linear(values.flatten(2)).unflatten(-1, (self.num_heads, -1))
 
-    def _taps(self, values: Tensor, training: bool) -> Tensor:
-        return nn.functional.dropout(self._logits(values).softmax(-1), self.weight_dropout, training)
+    def _taps(self, logits: Tensor, training: bool) -> Tensor:
+        return nn.functional.dropout(logits.softmax(-1), self.weight_dropout, training)

@@ -90,10 +90,11 @@ class LightweightConv(TokenMixer):
 
     def weights(self, x: Tensor, *, cache: Cache | None = None, update_statistics: bool = False) -> Aggregation:
         grid, rank = tuple(x.shape[1:-1]), x.dim() - 2
+        (position,) = self._scores(x).values()
         source_grid, places, source_places = places_behind(x, cache, kept := self._kept(cache))
         index = kernel_index(source_grid, [self.kernel_size] * rank, left=[self._left] * rank, device=x.device)[kept:]
         return Aggregation(
-            self._taps(update_statistics)[None, :, None],
+            self._taps(position, update_statistics),
             index[None, None],
             math.prod(source_grid),
             places,
@@ -107,7 +108,7 @@ class LightweightConv(TokenMixer):
 
     def fast(self, x: Tensor, values: Tensor, *, cache: Cache | None = None, update_statistics: bool = False) -> Tensor:
         rank, front = x.dim() - 2, self._left
-        taps = self._taps(update_statistics).repeat_interleave(self.dim // self.num_heads, 0)
+        taps = self._taps(self.weight.flatten(1), update_statistics).repeat_interleave(self.dim // self.num_heads, 0)
         tokens = values.reshape(x.shape) if cache is None else values.flatten(2)
         if self.causal:  # what is kept stands in front in place of zeros
             tokens = nn.functional.pad(tokens, (0, 0) + (front - self._kept(cache), 0) * rank)
@@ -129,6 +130,5 @@ class LightweightConv(TokenMixer):
         """Taps in front of the query."""
         return self.kernel_size - 1 if self.causal else self.kernel_size // 2
 
-    def _taps(self, training: bool) -> Tensor:
-        """[heads, K]."""
-        return nn.functional.dropout(self.weight.flatten(1).softmax(-1), self.weight_dropout, training)
+    def _taps(self, logits: Tensor, training: bool) -> Tensor:
+        return nn.functional.dropout(logits.softmax(-1), self.weight_dropout, training)
