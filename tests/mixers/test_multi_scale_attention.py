@@ -12,17 +12,21 @@ import glocal
 
 FAULTS = (
     ("the gate is not normalised", "self.gate.softmax(0)", "self.gate"),
-    ("taps are not normalised", "(self.num_heads, -1)).softmax(-1) * share", "(self.num_heads, -1)) * share"),
+    ("taps are not normalised", "(self.num_heads, -1)).softmax(-1)", "(self.num_heads, -1))"),
+    ("looking drops taps", "_kernels(v, rank, update_statistics)", "_kernels(v, rank, self.training)"),
+    ("the fast path drops none", "x.dim() - 2, update_statistics)", "x.dim() - 2, False)"),
+    ("a path without the cache's values", 'v if cache is None else cache.join("values", v)', "v"),
+    ("convolution reads the first tokens, not the last", "past=kept)", "past=0)[:, : x.shape[1]]"),
     (
         "a small kernel lies at the corner of the large one",
         "around = (front, largest - size - front) * rank",
         "around = (0, largest - size) * rank",
     ),
-    ("kernels are predicted from keys", "self._kernels(v, len(grid))", "self._kernels(k, len(grid))"),
+    ("kernels are predicted from keys", "self._kernels(v, rank,", "self._kernels(self.heads(x, 1), rank,"),
     (
         "the fast path predicts kernels from queries",
-        "self._kernels(v, x.dim() - 2)",
-        "self._kernels(self.heads(x, 0), x.dim() - 2)",
+        "self._kernels(v[:, kept:], ",
+        "self._kernels(self.heads(x, 0), ",
     ),
     (
         "convolution comes first in the projection",
@@ -31,7 +35,7 @@ FAULTS = (
     ),
     ("attention sees padding", "seen = None if valid is None else valid.flatten(1)[:, None, None]", "seen = None"),
     ("no gradient reaches the kernels", "taps = linear(v.flatten(2))", "taps = linear(v.flatten(2).detach())"),
-    ("causal attention reads one token ahead", "(order <= order[:, None])", "(order <= order[:, None] + 1)"),
+    ("causal attention reads one token ahead", "(order <= order[kept:, None])", "(order <= order[kept:, None] + 1)"),
 )
 
 
@@ -236,6 +240,77 @@ def test_parameters_of_an_encoder_layer_are_the_published_ones(dim, heads, ffn, 
     assert own + sum(p.numel() for p in rest.parameters()) == layer
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("impl", ["reference", "fast"])
+def test_is_torch_attention_and_convolution_with_the_bias_split_off(build, tokens, impl, causal):
+    """nn.MultiheadAttention with the same weights, projection and bias, and W_C of the gated convolutions' sum."""
+    mixer = build(f"MultiScaleAttention(num_heads=2, kernel_sizes=(3, 5), causal={causal}, rank=1)", 8)
+    mixer.impl = impl
+    attention = nn.MultiheadAttention(8, 2, batch_first=True).double()
+    attention.load_state_dict(
+        {
+            "in_proj_weight": mixer.qkv.weight,
+            "in_proj_bias": mixer.qkv.bias,
+            "out_proj.weight": mixer.proj.weight[:, :8],
+            "out_proj.bias": mixer.proj.bias,
+        }
+    )
+    x, valid = tokens(2, 7, 8), torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
+    later = torch.ones(7, 7, dtype=torch.bool).triu(1) if causal else None
+    simple, _ = attention(x, x, x, key_padding_mask=~valid, attn_mask=later, need_weights=False)
+    v = F.linear(x, mixer.qkv.weight[16:], mixer.qkv.bias[16:])
+    local = convolved(v, [p.weight for p in mixer.weight_linear], mixer.gate, (3, 5), 2, causal, valid)
+    assert_close(mixer(x, valid=valid)[valid], (simple + local @ mixer.proj.weight[:, 8:].T)[valid])
+
+
+@pytest.mark.parametrize("impl", ["reference", "fast"])
+def test_training_drops_taps_after_the_softmax(build, impl):
+    """Away from an impulse of the values kernels are uniform; every cell draws by itself, and shares stay shares."""
+    mixer = only_convolution(
+        build("MultiScaleAttention(num_heads=2, kernel_sizes=(9,), weight_dropout=0.4, rank=1)", 4)
+    )
+    mixer.impl = impl
+    with torch.no_grad():
+        mixer.qkv.weight[8:] = torch.eye(4)
+        mixer.qkv.bias.zero_()
+    x = torch.zeros(4, 21, 4, dtype=torch.float64)
+    x[:, 10] = 1
+    near = [6, 7, 8, 9, 11, 12, 13, 14]
+    assert_close(mixer(x)[:, near], torch.full((4, 8, 4), 1 / 9, dtype=torch.float64))
+    mixer.train()
+    y = mixer(x)[:, near]
+    kept = y > 0
+    assert_close(y, kept.double() / (9 * 0.6), rtol=1e-12, atol=0)
+    assert_close(y[..., ::2], y[..., 1::2], rtol=0, atol=0)  # channels of one head
+    assert 20 < kept[..., ::2].sum() < 60
+
+
+def test_both_paths_drop_the_same_and_looking_drops_nothing(build, tokens):
+    mixer = build("MultiScaleAttention(num_heads=2, kernel_sizes=(3, 5), weight_dropout=0.5, rank=1)", 8)
+    x = tokens(2, 9, 8)
+    looked = mixer.weights(x).weights
+    mixer.train()
+    outputs = []
+    for mixer.impl in ("reference", "fast"):
+        torch.manual_seed(5)
+        outputs.append(mixer(x))
+    assert_close(*outputs)
+    before = torch.get_rng_state()
+    assert_close(mixer.weights(x).weights, looked, rtol=0, atol=0)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("impl", ["reference", "fast"])
+def test_a_cache_keeps_one_key_and_one_value_for_both_halves(build, tokens, attend, impl):
+    mixer = build("MultiScaleAttention(num_heads=2, kernel_sizes=(2, 3), causal=True, rank=1)", 4)
+    mixer.impl = impl
+    x, cache = tokens(2, 6, 4), glocal.Cache()
+    mixer(x[:, :5], cache=cache)
+    assert cache.recall("keys", 2).shape == cache.recall("values", 2).shape == (2, 5, 2, 2)
+    assert mixer.weights(x[:, 5:], cache=cache).query_positions.tolist() == [[5]]
+    assert_close(mixer(x[:, 5:], cache=cache), oracle_of(mixer, attend, (2, 3), 2, True)(x)[:, 5:])
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_librarys_mask_stays_finite_in_float16(build, monkeypatch, autocast):
     """A row of -inf, of an image that is all padding, is NaN in some of its kernels."""
@@ -285,6 +360,7 @@ def test_weights_are_heads_of_attention_then_of_convolution(build, tokens):
         ("kernel_sizes=7", "kernel_sizes: 7, must be one number for each convolution"),
         ("kernel_sizes=(3, 0), causal=True", "kernel_sizes: 0, must be a positive whole number"),
         ("rank=3", "rank: 3, must be 1"),
+        ("weight_dropout=1", "weight_dropout: 1, must be a number, at least 0 and less than 1"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, said):

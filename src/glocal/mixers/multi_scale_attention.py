@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from glocal.aggregation import Aggregation, grid_positions
-from glocal.arguments import flag, odd_kernel, positive
+from glocal.aggregation import Aggregation
+from glocal.arguments import flag, odd_kernel, positive, rate
 from glocal.kernels import local_sum
+from glocal.mixer import Cache
 from glocal.mixers._attention import Attention, mask_bias, masked_softmax, sdpa
-from glocal.mixers._grid import kernel_index
+from glocal.mixers._grid import kernel_index, places_behind
 
 
 class MultiScaleAttention(Attention):
@@ -28,13 +30,16 @@ class MultiScaleAttention(Attention):
         causal: attention reads the query and what comes before it in raster order, the taps of a convolution are the
             query and kernel_size - 1 tokens before it, along every axis.
         qkv_bias: whether q, k and v have biases.
+        weight_dropout: share of the convolutions' taps that a training forward pass drops after the softmax
+            (DropConnect), each by itself; the others grow by 1 / (1 - weight_dropout). 0.1 in the released code.
         rank: 2 for images, 1 for sequences.
 
     Shape:
         x [B, *S, C] -> [B, *S, C], any S; zeros outside for the convolutions. `qkv` [3C, C] and `proj` [C, 2C],
         columns of attention first, are the released code's in_proj and out_proj; `weight_linear.<i>`
         [heads * K_i, C], head by head, taps in raster order; `gate` [len(kernel_sizes)], a softmax away from shares
-        that sum to 1.
+        that sum to 1. With `cache` (causal, rank 1) x follows the tokens that were seen, whose keys and values are
+        kept, one value for both halves.
 
     Cost: 6*N*C^2 + 3*N^2*C + N*C*heads*sum(K_i) multiply-adds; the definition makes the values twice, for the
     kernels and for the sum, and its convolutions dense. The fast path: 5*N*C^2 + 2*N^2*C + N*C*max(K_i) and the
@@ -46,8 +51,10 @@ class MultiScaleAttention(Attention):
     Source: Zhao et al., MUSE: Parallel Multi-Scale Attention for Sequence to Sequence Learning, 2019, arXiv
     1911.09483; kernels as in Wu et al., ICLR 2019, arXiv 1901.10430.
     Differs from the paper: one projection of the joined heads, as in the released code, where the paper's equation
-    has one for each kernel; no dropout; images too, with square kernels. The released code lets padding tokens into
-    convolutions, and starts `proj` with a wider distribution than nn.Linear does and biases at 0.
+    has one for each kernel; no dropout in attention, and weight_dropout starts at 0; images too, with square kernels.
+    Padding is masked in both halves; the released code lets what an encoder's values are there into its convolutions
+    (and pads on the left, so that the first words of a sentence depend on its batch). It starts `proj` with a wider
+    distribution than nn.Linear does and biases at 0.
     """
 
     examples = (
@@ -66,12 +73,14 @@ class MultiScaleAttention(Attention):
         kernel_sizes: Sequence[int] = (3, 15),
         causal: bool = False,
         qkv_bias: bool = True,
+        weight_dropout: float = 0.0,
         rank: int = 2,
     ) -> None:
         super().__init__(dim, num_heads=num_heads, head_dim=head_dim, qkv_bias=qkv_bias, rank=rank)
         if not isinstance(kernel_sizes, list | tuple) or not kernel_sizes:
             raise ValueError(f"kernel_sizes: {kernel_sizes!r}, must be one number for each convolution, as in (3, 15)")
         self.causal, self.kernel_sizes = flag("causal", causal), tuple(kernel_sizes)
+        self.weight_dropout = rate("weight_dropout", weight_dropout)
         for size in self.kernel_sizes:
             positive("kernel_sizes", size)
             if not causal:
@@ -82,38 +91,59 @@ class MultiScaleAttention(Attention):
         self.gate = nn.Parameter(torch.full((len(self.kernel_sizes),), 1 / len(self.kernel_sizes)))
         self.proj = nn.Linear(2 * dim, dim)  # reads attention and convolution, twice the width of `Attention`'s
 
-    def values(self, source: Tensor) -> Tensor:
+    def values(self, source: Tensor, *, cache: Cache | None = None) -> Tensor:
         v = self.heads(source, 2)
+        v = v if cache is None else cache.join("values", v)
         return torch.cat([v, v], 2)  # for heads of attention, and for heads of convolution
 
-    def weights(self, x: Tensor, *, valid: Tensor | None = None, queries: Tensor | None = None) -> Aggregation:
-        grid = tuple(x.shape[1:-1])
+    def weights(
+        self,
+        x: Tensor,
+        *,
+        valid: Tensor | None = None,
+        queries: Tensor | None = None,
+        cache: Cache | None = None,
+        update_statistics: bool = False,
+    ) -> Aggregation:
+        out_grid, rank, kept = tuple(x.shape[1:-1]), x.dim() - 2, self._kept(cache)
         q, k, v = (self.heads(x, part) for part in range(3))
+        k = k if cache is None else cache.join("keys", k)
+        grid, places, source_places = places_behind(x, cache, kept)
         largest = max(self.kernel_sizes)
-        index = kernel_index(grid, [largest] * len(grid), left=[self._left(largest)] * len(grid), device=x.device)
-        seen = self._seen(x, valid)
-        places = grid_positions(grid, device=x.device)
-        at, out_grid = places, grid
+        index = kernel_index(grid, [largest] * rank, left=[self._left(largest)] * rank, device=x.device)[kept:]
+        seen = self._seen(x, valid, kept)
+        kernels = self._kernels(v, rank, update_statistics)
         if queries is not None:
-            q, v, index, at, out_grid = q[:, queries], v[:, queries], index[queries], places[queries], (len(queries),)
+            q, kernels, index, places = q[:, queries], kernels[:, queries], index[queries], places[queries]
+            out_grid = (len(queries),)
             seen = seen if seen is None or seen.shape[2] == 1 else seen[:, :, queries]
         attention = masked_softmax(torch.einsum("bngd,bmgd->bgnm", q, k), seen)
-        kernels = self._kernels(v, len(grid)).transpose(1, 2)
-        convolution = Aggregation(kernels, index[None, None], math.prod(grid), at, places, out_grid, grid)
-        return Aggregation(
-            torch.cat([attention, convolution.dense()], 1), None, math.prod(grid), at, places, out_grid, grid
+        convolution = Aggregation(
+            kernels.transpose(1, 2), index[None, None], math.prod(grid), places, source_places, out_grid, grid
         )
+        return replace(convolution, weights=torch.cat([attention, convolution.dense()], 1), index=None)
 
-    def fast(self, x: Tensor, values: Tensor, *, valid: Tensor | None = None) -> Tensor:
+    def fast(
+        self,
+        x: Tensor,
+        values: Tensor,
+        *,
+        valid: Tensor | None = None,
+        cache: Cache | None = None,
+        update_statistics: bool = False,
+    ) -> Tensor:
         q, k, v = self.heads(x, 0), self.heads(x, 1), values[:, :, : self.num_heads]
-        seen = self._seen(x, valid)
-        bias = None if seen is None or (valid is None and self.causal) else mask_bias(seen, q.dtype)
+        k, kept = (k, 0) if cache is None else (cache.join("keys", k), self._kept(cache))
+        seen = self._seen(x, valid, kept)
+        by_library = seen is None or (valid is None and cache is None)  # all, or its own causal order
+        bias = None if by_library or seen is None else mask_bias(seen, q.dtype)
         attention = sdpa(q, k, v, bias=bias, causal=self.causal and bias is None)
         if seen is not None and bias is not None:
             # a row that sees nothing is spread evenly over what it may not see; the definition says 0
             attention = torch.where(seen.any(-1)[:, 0, :, None], attention, 0)
-        kernels = self._kernels(v, x.dim() - 2).unflatten(1, x.shape[1:-1])
-        convolution = local_sum(v.reshape(x.shape), kernels, left=self._left(max(self.kernel_sizes)))
+        kernels = self._kernels(v[:, kept:], x.dim() - 2, update_statistics).unflatten(1, x.shape[1:-1])
+        v = v.reshape(x.shape) if cache is None else v.flatten(2)
+        convolution = local_sum(v, kernels, left=self._left(max(self.kernel_sizes)), past=kept)
         return self.proj(torch.cat([attention, convolution.flatten(1, -2)], -1))
 
     def macs(self, grid: Sequence[int]) -> int:
@@ -124,20 +154,21 @@ class MultiScaleAttention(Attention):
         """Taps of a kernel in front of the query."""
         return size - 1 if self.causal else size // 2
 
-    def _seen(self, x: Tensor, valid: Tensor | None) -> Tensor | None:
+    def _seen(self, x: Tensor, valid: Tensor | None, kept: int) -> Tensor | None:
         """Which sources attention may read, [B|1, 1, N|1, M]; None: all."""
         seen = None if valid is None else valid.flatten(1)[:, None, None]
         if self.causal:
-            order = torch.arange(math.prod(x.shape[1:-1]), device=x.device)
-            before = (order <= order[:, None])[None, None]
+            order = torch.arange(kept + math.prod(x.shape[1:-1]), device=x.device)
+            before = (order <= order[kept:, None])[None, None]
             seen = before if seen is None else seen & before
         return seen
 
-    def _kernels(self, v: Tensor, rank: int) -> Tensor:
+    def _kernels(self, v: Tensor, rank: int, training: bool) -> Tensor:
         """The gated sum of every token's kernels, at the size of the largest: [B, N, heads, D] -> [B, N, heads, K]."""
         largest, each = max(self.kernel_sizes), []
         for size, linear, share in zip(self.kernel_sizes, self.weight_linear, self.gate.softmax(0), strict=True):
-            taps = linear(v.flatten(2)).unflatten(-1, (self.num_heads, -1)).softmax(-1) * share
+            taps = linear(v.flatten(2)).unflatten(-1, (self.num_heads, -1)).softmax(-1)
+            taps = nn.functional.dropout(taps, self.weight_dropout, training) * share
             front = self._left(largest) - self._left(size)
             around = (front, largest - size - front) * rank
             each.append(nn.functional.pad(taps.unflatten(-1, (size,) * rank), around).flatten(-rank))
