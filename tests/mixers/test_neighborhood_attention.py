@@ -161,6 +161,21 @@ def test_window_cannot_be_moved_over_later_tokens():
         glocal.build(spec_of(3, causal=True, border="shifted"), DIM)
 
 
+def test_a_cache_keeps_what_the_neighborhood_reaches(build, tokens, attend, places):
+    """Seven tokens seen, the last four of them kept: taps at distances 0, 2 and 4."""
+    mixer = build(spec_of(3, dilation=2, causal=True, rank=1), DIM)
+    x = tokens(2, 9, DIM)
+    expected = by_loop(mixer, attend, places, 3, 2, causal=True)(x)[:, 7:]
+    for mixer.impl in ("reference", "fast"):
+        cache = glocal.Cache()
+        mixer(x[:, :7], cache=cache)
+        assert cache.recall("keys", 2).shape == cache.recall("values", 2).shape == (2, 4, HEADS, DIM // HEADS)
+        looked = mixer.weights(x[:, 7:], cache=cache)
+        assert looked.source_positions.flatten().tolist() == [3, 4, 5, 6, 7, 8]
+        assert looked.index[0, 0].tolist() == [[0, 2, 4], [1, 3, 5]]
+        torch.testing.assert_close(mixer(x[:, 7:], cache=cache), expected)
+
+
 def test_parameters():
     def shapes(spec, dim):
         return {k: tuple(v.shape) for k, v in glocal.build(spec, dim).named_parameters()}
@@ -189,6 +204,13 @@ FAULTS = (
         "(member - rank_in_class[:, None] + kernel - 1)",
         "(rank_in_class[:, None] - member + kernel - 1)",
     ),
+    (
+        "one neighbor too few is kept",
+        "self.dilation * (self._kernel[0] - 1) if",
+        "self.dilation * self._kernel[0] - 2 if",
+    ),
+    ("keys are not joined", "q, k if cache is None else", "q, k if True else"),
+    ("kept tokens are queries too", "index = index[:, kept:]", "index = index[:, : index.shape[1] - kept]"),
     ("a causal query sees the token after it", "kernel - 1 if self.causal else", "kernel - 2 if self.causal else"),
     (
         "the shifted window stops one token too late",

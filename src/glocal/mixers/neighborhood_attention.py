@@ -7,11 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from glocal.aggregation import Aggregation, grid_positions
+from glocal.aggregation import Aggregation
 from glocal.arguments import flag, odd_kernel, per_axis, positive
 from glocal.kernels import gathered_scores, gathered_sum
+from glocal.mixer import Cache
 from glocal.mixers._attention import Attention, masked_softmax, sum_of, table_parameter
-from glocal.mixers._grid import extents, join, pick_or_zero, taps
+from glocal.mixers._grid import extents, join, pick_or_zero, places_behind, taps
 
 
 class NeighborhoodAttention(Attention):
@@ -33,7 +34,8 @@ class NeighborhoodAttention(Attention):
 
     Shape:
         x [B, *S, C] -> [B, *S, C], any S. `rpb` [heads, *(2*kernel_size - 1)], entry
-        (source - query) / dilation + kernel_size - 1 along each axis.
+        (source - query) / dilation + kernel_size - 1 along each axis. With `cache` (causal, rank 1) x follows the
+        tokens that were seen; keys and values of the last dilation * (kernel_size - 1) are kept.
 
     Cost: 4*N*C^2 + 2*N*K*C multiply-adds.
 
@@ -79,31 +81,45 @@ class NeighborhoodAttention(Attention):
         self.position_bias = flag("position_bias", position_bias)
         self.rpb = table_parameter(self.num_heads, *(2 * k - 1 for k in self._kernel)) if position_bias else None
 
-    def scores(self, x: Tensor, *, valid: Tensor | None = None, queries: Tensor | None = None) -> dict[str, Tensor]:
-        index, bias = self._neighbors(x, valid, queries)
-        q = self.heads(x, 0)
+    def scores(
+        self,
+        x: Tensor,
+        *,
+        valid: Tensor | None = None,
+        queries: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> dict[str, Tensor]:
+        index, bias = self._neighbors(x, valid, queries, self._kept(cache))
+        q, k = self._queries_and_keys(x, cache)
         q = q if queries is None else q[:, queries]
-        content = torch.einsum("bngd,bnkgd->bgnk", q, pick_or_zero(self.heads(x, 1), index))
+        content = torch.einsum("bngd,bnkgd->bgnk", q, pick_or_zero(k, index))
         return {"content": content} if bias is None else {"content": content, "position": bias}
 
-    def weights(self, x: Tensor, *, valid: Tensor | None = None, queries: Tensor | None = None) -> Aggregation:
-        grid = tuple(x.shape[1:-1])
-        index, _ = self._neighbors(x, valid, queries)
-        scores = self._scores(x, valid=valid, queries=queries)
-        places = grid_positions(grid, device=x.device)
+    def weights(
+        self,
+        x: Tensor,
+        *,
+        valid: Tensor | None = None,
+        queries: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Aggregation:
+        kept = self._kept(cache)
+        index, _ = self._neighbors(x, valid, queries, kept)
+        scores = self._scores(x, valid=valid, queries=queries, cache=cache)
+        source_grid, places, source_places = places_behind(x, cache, kept)
         return Aggregation(
             masked_softmax(sum_of(scores), _seen(index, valid)[:, None]),
             index[:, None],
-            math.prod(grid),
+            math.prod(source_grid),
             places if queries is None else places[queries],
-            places,
-            grid if queries is None else (len(queries),),
-            grid,
+            source_places,
+            tuple(x.shape[1:-1]) if queries is None else (len(queries),),
+            source_grid,
         )
 
-    def fast(self, x: Tensor, values: Tensor, *, valid: Tensor | None = None) -> Tensor:
-        index, bias = self._neighbors(x, valid, None)
-        content = gathered_scores(self.heads(x, 0), self.heads(x, 1), index)  # [B, N, heads, K]
+    def fast(self, x: Tensor, values: Tensor, *, valid: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        index, bias = self._neighbors(x, valid, None, self._kept(cache))
+        content = gathered_scores(*self._queries_and_keys(x, cache), index)  # [B, N, heads, K]
         if bias is not None:
             content = content + bias.transpose(1, 2).to(content.dtype)
         weights = masked_softmax(content, _seen(index, valid)[:, :, None])
@@ -113,9 +129,23 @@ class NeighborhoodAttention(Attention):
         n = math.prod(grid)
         return self._projection_macs(n) + 2 * n * math.prod(self._kernel) * self.dim
 
-    def _neighbors(self, x: Tensor, valid: Tensor | None, queries: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """[B|1, N, K] sources of each query, and [B|1, heads, N|1, K] the bias of each, if there is one."""
-        grid, shifted = x.shape[1:-1], self.border == "shifted"
+    @property
+    def remembers(self) -> int | None:
+        return self.dilation * (self._kernel[0] - 1) if self.causal else None
+
+    def _queries_and_keys(self, x: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor]:
+        q, k = self.heads(x, 0), self.heads(x, 1)
+        return q, k if cache is None else cache.join("keys", k, self.remembers)
+
+    def _neighbors(
+        self, x: Tensor, valid: Tensor | None, queries: Tensor | None, kept: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B|1, N, K] sources of each query, and [B|1, heads, N|1, K] the bias of each, if there is one.
+
+        `kept` tokens of earlier calls stand in front of the sources.
+        """
+        shifted = self.border == "shifted"
+        grid = [n + kept for n in x.shape[1:-1]]
         size = extents(valid) if valid is not None and shifted else None
         sources, offsets = [], []
         for axis, (n, kernel) in enumerate(zip(grid, self._kernel, strict=True)):
@@ -130,6 +160,7 @@ class NeighborhoodAttention(Attention):
             offsets.append(offset)
         index, entry = join(sources, grid), join(offsets, [2 * k - 1 for k in self._kernel])
         index, entry = (t if t.dim() == 3 else t[None] for t in (index, entry))
+        index = index[:, kept:]
         if queries is not None:
             index = index[:, queries]
             entry = entry[:, queries] if entry.shape[1] > 1 else entry
