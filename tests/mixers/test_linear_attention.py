@@ -23,6 +23,19 @@ FAULTS = (
     ("positions reach keys only", "self.heads(add_position(x, pos_embed), 0)", "self.heads(x, 0)"),
     ("autocast takes the sums to float16", "torch.autocast(device.type, enabled=False)", "nullcontext()"),
     ("features are in float16 where the tokens are", "t.to(torch.promote_types(t.dtype, torch.float32))", "t"),
+    ("running sums count the past once only", "sums if past is None else past + sums", "sums"),
+    (
+        "the past is not read by the fast path",
+        "            if past is not None:\n                both",
+        "            if False:\n                both",
+    ),
+    ("the past's means are its sums", "means = past[..., :-1] / _or_one(past[..., -1:])", "means = past[..., :-1]"),
+    (
+        "heads and features of the past are exchanged",
+        "means.permute(0, 2, 1, 3)",
+        "means.flatten(1, 2).unflatten(1, (means.shape[2], -1))",
+    ),
+    ("a cache has positions of its own", "places = source_places = places + len(cache)", "pass"),
     ("a row of zeros is divided by zero", "torch.where(sums == 0, 1, sums)", "sums"),
 )
 
@@ -224,6 +237,40 @@ def test_weights_are_of_the_rank_of_a_head(build, tokens):
     weights = build(spec_of(), 16).weights(tokens(2, 8, 8, 16)).weights
     assert weights.shape == (2, HEADS, 64, 64) and (weights >= 0).all()
     assert (torch.linalg.matrix_rank(weights) == 16 // HEADS).all()
+
+
+@pytest.mark.parametrize("name", ["elu+1", "relu"])
+def test_a_cache_holds_sums_and_no_tokens(build, tokens, name):
+    """D x (D + 1) numbers a head, however long the past; as sources in front they are means, so rows still sum to 1."""
+    mixer = build(spec_of(causal=True, feature_map=name), DIM)
+    x = tokens(2, 9, DIM)
+    expected = by_loop(mixer, name=name, causal=True)(x)[:, 7:]
+    for mixer.impl in ("reference", "fast"):
+        cache = glocal.Cache()
+        for start in (0, 3):
+            mixer(x[:, start : (3, 7)[start > 0]], cache=cache)
+            assert cache.recall("sums", 2).shape == (2, HEADS, 4, 5) and cache.recall("values", 2) is None
+        looked = mixer.weights(x[:, 7:], cache=cache)
+        assert looked.weights.shape == (2, HEADS, 2, 4 + 2) and (looked.weights >= 0).all()
+        assert looked.source_positions.isnan().flatten().tolist() == [True] * 4 + [False] * 2
+        assert looked.source_positions[4:].tolist() == looked.query_positions.tolist() == [[7], [8]]
+        sums = looked.weights.sum(-1)
+        assert_close(sums, (sums > 0).double())
+        assert_close(mixer(x[:, 7:], cache=cache), expected)
+
+
+@pytest.mark.parametrize("impl", ["reference", "fast"])
+def test_sums_of_a_long_past_do_not_overflow_float16(build, impl):
+    mixer = build(spec_of(causal=True), DIM)
+    mixer.impl = impl
+    x = 100 * torch.randn(1, 1500, DIM).half()
+    half, cache = mixer.half(), glocal.Cache()
+    half(x[:, :-1], cache=cache)
+    sums = cache.recall("sums", 1)
+    assert sums.dtype == torch.float32 and sums.max() > torch.finfo(torch.half).max
+    found = half(x[:, -1:], cache=cache).double()
+    expected = mixer.double().reference(x.double(), queries=torch.tensor([1499]))
+    assert (found - expected).abs().max() < 0.01 * expected.abs().max()
 
 
 def test_parameters():

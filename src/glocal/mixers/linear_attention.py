@@ -10,6 +10,7 @@ from torch import Tensor
 
 from glocal.aggregation import Aggregation
 from glocal.arguments import flag
+from glocal.mixer import Cache
 from glocal.mixers._attention import Attention, add_position
 from glocal.mixers._grid import pick_or_zero
 from glocal.mixers.self_attention import geometry
@@ -35,6 +36,9 @@ class LinearAttention(Attention):
         x [B, *S, C] -> [B, *S, out_dim], S of any rank. With `source` [B, *S', C] keys and values come from there.
         `pos_embed` and `source_pos_embed` are added for queries and keys only. `grid` takes class tokens in front.
         A query whose weights are all 0 (nothing valid; features that are all 0) gets 0 before the last projection.
+        With `cache` (causal, x [B, t, C]) x follows the tokens that were seen. Of these the sums of f(k) v^T and f(k)
+        are kept, D x (D + 1) a head however many they were; what `valid` says of them was taken when they came. In
+        the weights they are D sources in front that have no place: for each feature, the mean of values by f(k).
 
     Cost: (N + 2*M)*C*out_dim + 2*N*M*out_dim + N*out_dim^2 multiply-adds in the definition. The fast path needs
     (N + M)*out_dim*(D + 1) in place of 2*N*M*out_dim; causal, CHUNK*N*out_dim*(2 + 1 / D) more.
@@ -72,6 +76,16 @@ class LinearAttention(Attention):
         self.feature_map, self.causal = feature_map, flag("causal", causal)
         self.scale = 1.0
 
+    def values(self, source: Tensor, *, valid: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        v = self.heads(source, 2)
+        if valid is not None:
+            v = v.masked_fill(~valid.flatten(1)[..., None, None], 0)
+        past = _recall(cache, v)
+        if past is None:
+            return v
+        means = past[..., :-1] / _or_one(past[..., -1:])
+        return torch.cat([means.permute(0, 2, 1, 3).to(v.dtype), v], 1)
+
     def weights(
         self,
         x: Tensor,
@@ -82,8 +96,12 @@ class LinearAttention(Attention):
         pos_embed: Tensor | None = None,
         source_pos_embed: Tensor | None = None,
         queries: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> Aggregation:
         q, k = self._features(x, source, valid, pos_embed, source_pos_embed)
+        past = _recall(cache, q)
+        if cache is not None:
+            self._remember(cache, past, k, self.heads(x, 2))
         q = q if queries is None else q[:, queries]
         with _as_given(x.device):
             products = torch.einsum("bngd,bmgd->bgnm", q, k)
@@ -92,10 +110,15 @@ class LinearAttention(Attention):
             rows = order if queries is None else queries
             products = products * (order <= rows[:, None])
         out_grid, source_grid, places, source_places = geometry(x, source, grid, 0)
+        if cache is not None:
+            places = source_places = places + len(cache)
+        if past is not None:
+            products = torch.cat([q.transpose(1, 2) * past[..., -1].unsqueeze(2), products], -1)
+            source_places = torch.cat([places.new_full((past.shape[2], 1), math.nan), places])
         if queries is not None:
             places, out_grid = places[queries], (len(queries),)
         weights = products / _or_one(products.sum(-1, keepdim=True))
-        return Aggregation(weights, None, k.shape[1], places, source_places, out_grid, source_grid)
+        return Aggregation(weights, None, weights.shape[-1], places, source_places, out_grid, source_grid)
 
     def fast(
         self,
@@ -107,14 +130,34 @@ class LinearAttention(Attention):
         valid: Tensor | None = None,
         pos_embed: Tensor | None = None,
         source_pos_embed: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         q, k = self._features(x, source, valid, pos_embed, source_pos_embed)
-        # a column of ones beside the values: its sum is what divides
-        v = torch.nn.functional.pad(values.to(k.dtype), (0, 1), value=1.0)
+        past = _recall(cache, q)
+        if past is not None:
+            values = values[:, past.shape[2] :]  # the sums themselves are at hand
+        v = _with_one(values, k.dtype)
         with _as_given(x.device):
-            both = _causal_sum(q, k, v) if self.causal else torch.einsum("bngd,bgde->bnge", q, _states(k, v))
+            if self.causal:
+                both = _causal_sum(q, k, v, CHUNK if cache is None else min(CHUNK, q.shape[1]))
+            else:
+                both = torch.einsum("bngd,bgde->bnge", q, _states(k, v))
+            if past is not None:
+                both = both + torch.einsum("bngd,bgde->bnge", q, past)
+        if cache is not None:
+            self._remember(cache, past, k, values)
         mixed = both[..., :-1] / _or_one(both[..., -1:])
         return self.proj(mixed.flatten(2).to(values.dtype))
+
+    @property
+    def remembers(self) -> int:
+        return 0  # no token by itself
+
+    def _remember(self, cache: Cache, past: Tensor | None, k: Tensor, values: Tensor) -> None:
+        """Sums over all tokens so far, [B, G, D, D + 1]."""
+        with _as_given(k.device):
+            sums = _states(k, _with_one(values, k.dtype))
+        cache.put("sums", sums if past is None else past + sums)
 
     def macs(self, grid: Sequence[int]) -> int:
         n = math.prod(grid)
@@ -155,6 +198,15 @@ def _as_given(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False)
 
 
+def _recall(cache: Cache | None, tokens: Tensor) -> Tensor | None:
+    return None if cache is None else cache.recall("sums", tokens.shape[0])
+
+
+def _with_one(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """A column of ones beside the values: its sum is what divides."""
+    return torch.nn.functional.pad(values.to(dtype), (0, 1), value=1.0)
+
+
 def _or_one(sums: Tensor) -> Tensor:
     """1 for 0: the features of such a row are 0, and stay so."""
     return torch.where(sums == 0, 1, sums)
@@ -165,14 +217,14 @@ def _states(k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("...mgd,...mge->...gde", k, v)
 
 
-def _causal_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _causal_sum(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> Tensor:
     """y_i = q_i sum over j <= i of k_j^T v_j: in chunks, a state of all before it for each, A within it.
 
     q, k [B, N, G, D], v [B, N, G, E] -> [B, N, G, E].
     """
     n = q.shape[1]
-    place = torch.arange((n + CHUNK - 1) // CHUNK, device=q.device)[:, None] * CHUNK + torch.arange(
-        CHUNK, device=q.device
+    place = torch.arange((n + chunk - 1) // chunk, device=q.device)[:, None] * chunk + torch.arange(
+        chunk, device=q.device
     )
     index = torch.where(place < n, place, -1)[None]
     q, k, v = (pick_or_zero(t, index) for t in (q, k, v))  # [B, chunks, CHUNK, G, .]
