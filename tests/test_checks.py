@@ -47,6 +47,11 @@ def placed(change):
     )
 
 
+def shuffled(real):
+    """Of what is remembered, the order is lost: attention's rows still fit, its values do not."""
+    return lambda self, name, new, limit=None: real(self, name, new, limit).flip(1 if name == "keys" else 2)
+
+
 def branch(out):
     return out if out.sum() != 0 else -out
 
@@ -91,6 +96,10 @@ BROKEN = {  # check -> spec, and what breaks its promise
         CAUSAL,
         instead(mixers.SelfAttention, "_seen", lambda real: lambda *arguments: None),
     ),
+    "pieces_equal_the_whole": (
+        "LinearAttention(num_heads=2, causal=True)",
+        instead(glocal.Cache, "put", lambda real: lambda *arguments: None),
+    ),
     "padding_changes_nothing": ("SelfAttention(num_heads=2)", instead(mixers.SelfAttention, "_seen", all_real)),
     "looking_changes_nothing": (
         "DynamicDepthwiseConv(kernel_size=3)",
@@ -121,6 +130,7 @@ BROKEN = {  # check -> spec, and what breaks its promise
 
 ALSO = [  # further ways to break the same promise
     ("padding_changes_nothing", CAUSAL, instead(operator, "finite_outside", lambda real: lambda tokens, valid: tokens)),
+    ("pieces_equal_the_whole", CAUSAL, instead(glocal.Cache, "join", shuffled)),
     ("positions_are_those_of_the_grid", POOLING, placed(lambda places: places.flip(-1))),
     ("positions_are_those_of_the_grid", POOLING, placed(lambda places: places.flip(0))),
     ("autocast", POOLING, fast(lambda out: out + 0 * (out - out.detach()).abs().sqrt())),  # only the gradient is NaN

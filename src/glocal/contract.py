@@ -29,7 +29,7 @@ from glocal.evidence import (
     with_grads,
 )
 from glocal.inspection import inspect
-from glocal.mixer import TokenMixer, Unsupported
+from glocal.mixer import Cache, TokenMixer, Unsupported
 from glocal.operator import Operator, TokenModule
 from glocal.spec import available, build
 
@@ -43,9 +43,10 @@ SMALL = {1: (5,), 2: (4, 3)}
 ONE_PATH = "an ordinary module: its forward pass is its definition"
 NO_WEIGHTS = "an ordinary module: it has no aggregation weights"
 NOT_CAUSAL = "not causal"
+NO_SEQUENCE = "no sequence"
 NO_SOFTMAX = "no softmax"
 MORE_THAN_A_SOFTMAX = "more than a softmax"
-NOT_APPLICABLE = (ONE_PATH, NO_WEIGHTS, NOT_CAUSAL, NO_SOFTMAX, MORE_THAN_A_SOFTMAX)
+NOT_APPLICABLE = (ONE_PATH, NO_WEIGHTS, NOT_CAUSAL, NO_SEQUENCE, NO_SOFTMAX, MORE_THAN_A_SOFTMAX)
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,11 @@ def run(spec: str, check: "Check", grid: Sequence[int]) -> Outcome:
     except Exception as error:  # a check must end in words, whatever an operator throws
         return Outcome(*about, "broken", f"{type(error).__name__}: {error}")
     return Outcome(*about, "refused", why_not) if why_not else Outcome(*about, "kept")
+
+
+def causal(mixer: Operator) -> bool:
+    """Whether its tokens have an order, of which it reads the earlier ones only."""
+    return bool(getattr(mixer, "causal", False))
 
 
 def fits(spec: str, grid: Sequence[int]) -> bool:
@@ -220,7 +226,7 @@ def query_subset(spec: str, grid: tuple[int, ...]) -> str | None:
 def causal_reads_no_later_token(spec: str, grid: tuple[int, ...]) -> str | None:
     """Weights above the diagonal are zero, and a later token changes no earlier output."""
     mixer = random_mixer(spec)
-    if not getattr(mixer, "causal", False):
+    if not causal(mixer):
         return NOT_CAUSAL
     x = tokens(2, *grid)
     if isinstance(mixer, TokenMixer):
@@ -230,6 +236,37 @@ def causal_reads_no_later_token(spec: str, grid: tuple[int, ...]) -> str | None:
     changed.flatten(1, -2)[:, -1] += 1
     after, before = (mixer(t).flatten(1, -2)[:, :-1] for t in (changed, x))
     close("an earlier output after a later token changed", after, before, 0)
+    return None
+
+
+def pieces_equal_the_whole(spec: str, grid: tuple[int, ...]) -> str | None:
+    """With a cache a causal operator gives token by token, and in uneven pieces, what it gives at once; so it does
+    where tokens are padding, and its weights rebuild every piece.
+    """
+    mixer = random_mixer(spec)
+    if not causal(mixer):
+        return NOT_CAUSAL
+    x = tokens(2, *grid)
+    try:
+        mixer(x, cache=Cache())
+    except ValueError as error:
+        true(type(mixer).__name__ in str(error), f"a cache is refused without the operator's name: {error}")
+        return NO_SEQUENCE if len(grid) > 1 else str(error)
+    length = grid[0]
+    padding = torch.ones(2, length, dtype=torch.bool)
+    padding[1, [0, *range(2, length, 3), length - 1]] = False
+    for path in (mixer, mixer.reference):
+        for valid in (None, padding):
+            whole = path(x, **({} if valid is None else {"valid": valid}))
+            for ends in (range(1, length + 1), sorted({min(n, length) for n in (1, 6, 7, length // 2, length)} - {0})):
+                out = torch.cat(_in_pieces(path, x, valid, ends), 1)
+                real = slice(None) if valid is None else valid
+                close("a sequence in pieces", out[real], whole[real], 1e-10)
+    if isinstance(mixer, TokenMixer):
+        with inspect(mixer) as seen:
+            _in_pieces(mixer, x, None, range(1, length + 1))
+        error = max(call.rebuild_error() for call in seen)
+        true(error <= 1e-9, f"the weights rebuild a piece with a relative error of {error:.1e}")
     return None
 
 
@@ -411,7 +448,7 @@ ON_EVERY_GRID: tuple[Check, ...] = (
 )  # fmt: skip
 ON_LARGE_GRIDS: tuple[Check, ...] = (padding_changes_nothing, state_dict_round_trip, declared_cost)
 ON_SMALL_GRIDS: tuple[Check, ...] = (gradient, double_backward)
-ON_ONE_GRID: tuple[Check, ...] = (compiles, exports)
+ON_ONE_GRID: tuple[Check, ...] = (compiles, exports, pieces_equal_the_whole)
 
 
 def cases(spec: str) -> Iterator[tuple[Check, tuple[int, ...]]]:
@@ -425,6 +462,16 @@ def cases(spec: str) -> Iterator[tuple[Check, tuple[int, ...]]]:
     ):
         for check in checks:
             yield from ((check, grid) for grid in grids if fits(spec, grid))
+
+
+def _in_pieces(path: Callable[..., Tensor], x: Tensor, valid: Tensor | None, ends: Sequence[int]) -> list[Tensor]:
+    """The outputs of a sequence's pieces, which end at these tokens, from one cache."""
+    cache, out, start = Cache(), [], 0
+    for end in ends:
+        padding = {} if valid is None else {"valid": valid[:, :end]}
+        out.append(path(x[:, start:end], cache=cache, **padding))
+        start = end
+    return out
 
 
 def _changes_no_state(mixer: Operator, look: Callable[[], object], what: str) -> None:
