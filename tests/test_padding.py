@@ -10,7 +10,7 @@ LENGTH = 9
 AMOUNTS = (0, 1, 2, 5, 12)
 # operators that may be padded in front, as translation models do: nothing in them counts from the first token
 ANYWHERE = (
-    *("DynamicConv", "LightweightConv", "LinearAttention"),
+    *("DepthwiseConv", "DynamicConv", "LightweightConv", "LinearAttention"),
     *("MultiScaleAttention", "NeighborhoodAttention", "SelfAttention"),
 )
 

@@ -5,6 +5,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+import glocal
+
 CASES = [  # arguments, grid; 5 channels
     ({}, (8, 9)),
     ({}, (3, 5)),
@@ -47,6 +49,52 @@ def test_is_torch_convolution(build, check, tokens, arguments, grid):
     check(mixer, oracle_of(mixer, conv), tokens(2, *grid, 5))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "grid"),
+    [
+        ({"rank": 1, "kernel_size": 4}, (7,)),
+        ({"rank": 1, "kernel_size": 3, "dilation": 3, "bias": False}, (9,)),
+        ({"rank": 1, "kernel_size": 1}, (3,)),
+        ({"kernel_size": (2, 3), "dilation": 2}, (4, 7)),
+    ],
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_causal_is_torch_convolution_of_what_comes_before(build, check, tokens, arguments, grid, masked):
+    """Padded at both ends by all that a kernel reaches, the first outputs are those that read no later token."""
+    mixer = build(spec_of({**arguments, "causal": True}), 5)
+    kernel, dilation = mixer.weight.shape[2:], arguments.get("dilation", 1)
+    conv = (nn.Conv1d, nn.Conv2d)[len(grid) - 1]
+    reach = tuple(dilation * (k - 1) for k in kernel)
+    conv = conv(5, 5, kernel, 1, reach, dilation, groups=5, bias=arguments.get("bias", True)).double()
+    every = oracle_of(mixer, conv)
+
+    def oracle(x, valid=None):
+        return every(x, valid)[(slice(None), *(slice(n) for n in grid))]
+
+    call = {"valid": torch.rand(2, *grid) < 0.6} if masked else {}
+    check(mixer, oracle, tokens(2, *grid, 5), **call)
+
+
+@pytest.mark.parametrize("impl", ["reference", "fast"])
+def test_a_cache_keeps_what_the_taps_reach(build, tokens, impl):
+    mixer = build(spec_of({"rank": 1, "kernel_size": 3, "dilation": 2, "causal": True}), 5)
+    mixer.impl = impl
+    x, cache = tokens(2, 9, 5), glocal.Cache()
+    mixer(x[:, :7], cache=cache)
+    assert cache.recall("values", 2).shape == (2, 4, 5, 1) and len(cache) == 7
+    looked = mixer.weights(x[:, 7:], cache=cache)
+    assert looked.source_positions.flatten().tolist() == [3, 4, 5, 6, 7, 8]
+    assert looked.index[0, 0].tolist() == [[0, 2, 4], [1, 3, 5]]
+    torch.testing.assert_close(mixer(x[:, 7:], cache=cache), mixer(x)[:, 7:])
+
+
+def test_a_stride_leaves_tokens_without_an_output_to_decode():
+    with pytest.raises(ValueError, match="stride: 2, must be 1 with causal=True"):
+        glocal.build("DepthwiseConv(causal=True, stride=2, rank=1)", 5)
+    with pytest.raises(ValueError, match="kernel_size: 4, must be odd"):
+        glocal.build("DepthwiseConv(kernel_size=4, rank=1)", 5)
+
+
 @pytest.mark.parametrize(("arguments", "grid"), [CASES[2], CASES[4], CASES[8]])
 def test_invalid_tokens_count_as_zero_anywhere(build, check, tokens, arguments, grid):
     mixer = build(spec_of(arguments), 5)
@@ -61,6 +109,7 @@ def test_invalid_tokens_count_as_zero_anywhere(build, check, tokens, arguments, 
         ({"kernel_size": 5, "stride": 2}, [(4, 3), (5, 6)]),
         ({"kernel_size": 3, "stride": 2, "dilation": 2}, [(3, 4), (6, 1)]),
         ({"rank": 1, "stride": 3}, [(4,), (8,)]),
+        ({"rank": 1, "kernel_size": 4, "causal": True}, [(6,), (2,)]),
     ],
 )
 def test_padding_leaves_images_alone(build, check_padding, arguments, extents):
@@ -83,9 +132,17 @@ FAULTS = (
     ),
     (
         "the definition's taps are not dilated",
-        "            stride=self.stride,\n            dilation=self.dilation,\n            left=",
-        "            stride=self.stride,\n            left=",
+        "stride=self.stride, dilation=self.dilation, left=",
+        "stride=self.stride, left=",
     ),
+    ("a causal kernel ends one token late", "self.dilation * (k - 1) for k", "self.dilation * (k - 1) - 1 for k"),
+    (
+        "zeros of a causal kernel stand behind",
+        "(*behind, left - self._kept(cache), 0)",
+        "(*behind, 0, left - self._kept(cache))",
+    ),
+    ("kept tokens count as zeros in front too", "left - self._kept(cache), 0", "left, 0"),
+    ("rows of kept tokens are the queries'", ")[self._kept(cache) :]", ")[: math.prod(out)]"),
     (
         "the fast path has no bias",
         "            self.weight,\n            self.bias,",

@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from glocal.aggregation import Aggregation, grid_positions
-from glocal.arguments import flag, odd_kernel, positive
-from glocal.mixer import TokenMixer
-from glocal.mixers._grid import centre_padding, kernel_index
+from glocal.arguments import flag, odd_kernel, per_axis, positive
+from glocal.mixer import Cache, TokenMixer
+from glocal.mixers._grid import centre_padding, kernel_index, places_behind
 from glocal.mixers._library import conv, out_lengths
 
 
@@ -20,29 +20,32 @@ class DepthwiseConv(TokenMixer):
 
     Args:
         dim: channels C.
-        kernel_size: odd, for all axes or each.
+        kernel_size: odd unless causal, for all axes or each.
         stride, dilation: for all axes.
+        causal: the taps are the query and kernel_size - 1 tokens before it, `dilation` apart, along every axis.
         bias: added to the output.
         rank: 2 for images, 1 for sequences.
 
     Shape:
-        x [B, *S, C] -> [B, *ceil(S / stride), C]; zeros outside, kernel centred.
-        `weight` [C, 1, *kernel] and `bias` [C] as torch.nn.Conv2d with groups=C has them.
+        x [B, *S, C] -> [B, *ceil(S / stride), C]; zeros outside, kernel centred unless causal.
+        `weight` [C, 1, *kernel] and `bias` [C] as torch.nn.Conv2d with groups=C has them. With `cache` (causal, rank
+        1) x follows the tokens that were seen, of which the last dilation * (kernel_size - 1) are kept.
 
     Cost: N*K*C multiply-adds, N outputs.
 
     Raises:
-        ValueError: even kernels.
+        ValueError: even kernels with a centre; a stride together with causal.
 
     Source: Han et al., On the Connection between Local Attention and Dynamic Depth-wise Convolution, ICLR 2022,
     arXiv 2106.04263, section 2.
-    Differs from the paper: nothing; the pointwise convolutions around it belong to the paper's block.
+    Differs from the paper: causal too; the pointwise convolutions around it belong to the paper's block.
     """
 
     examples = (
         "DepthwiseConv(kernel_size=3)",
         "DepthwiseConv(kernel_size=(5, 3), stride=2, dilation=2, bias=False)",
         "DepthwiseConv(kernel_size=5, rank=1)",
+        "DepthwiseConv(kernel_size=4, dilation=2, causal=True, rank=1)",
     )
 
     def __init__(
@@ -52,6 +55,7 @@ class DepthwiseConv(TokenMixer):
         kernel_size: int | Sequence[int] = 7,
         stride: int = 1,
         dilation: int = 1,
+        causal: bool = False,
         bias: bool = True,
         rank: int = 2,
     ) -> None:
@@ -61,7 +65,10 @@ class DepthwiseConv(TokenMixer):
             positive("stride", stride),
             positive("dilation", dilation),
         )
-        kernel = self._kernel = odd_kernel("kernel_size", kernel_size, rank)
+        self.causal = flag("causal", causal)
+        if causal and stride > 1:
+            raise ValueError(f"stride: {stride}, must be 1 with causal=True, so that each token has an output")
+        kernel = self._kernel = (per_axis if causal else odd_kernel)("kernel_size", kernel_size, rank)
         layer: type[Any] = nn.Conv1d if rank == 1 else nn.Conv2d
         of_torch = layer(dim, dim, kernel, groups=dim, bias=flag("bias", bias))
         self.weight, self.bias = of_torch.weight, of_torch.bias
@@ -69,36 +76,43 @@ class DepthwiseConv(TokenMixer):
     def values(self, source: Tensor) -> Tensor:
         return source.flatten(1, -2).unsqueeze(-1)
 
-    def weights(self, x: Tensor) -> Aggregation:
-        grid, kernel, out = x.shape[1:-1], self._kernel, self.out_grid(x.shape[1:-1])
+    def weights(self, x: Tensor, *, cache: Cache | None = None) -> Aggregation:
+        out = self.out_grid(x.shape[1:-1])
+        if self.causal:
+            grid, places, source_places = places_behind(x, cache, self._kept(cache))
+        else:
+            grid = tuple(x.shape[1:-1])
+            places = grid_positions(out, device=x.device)
+            source_places = grid_positions(grid, stride=self.stride, device=x.device)
         index = kernel_index(
-            grid,
-            kernel,
-            stride=self.stride,
-            dilation=self.dilation,
-            left=centre_padding(kernel, self.dilation),
-            device=x.device,
-        )
+            grid, self._kernel, stride=self.stride, dilation=self.dilation, left=self._left, device=x.device
+        )[self._kept(cache) :]
         return Aggregation(
             self.weight.flatten(1)[None, :, None],
             index[None, None],
             math.prod(grid),
-            grid_positions(out, device=x.device),
-            grid_positions(grid, stride=self.stride, device=x.device),
+            places,
+            source_places,
             out,
-            tuple(grid),
+            grid,
         )
 
     def project(self, mixed: Tensor) -> Tensor:
         return mixed if self.bias is None else mixed + self.bias
 
-    def fast(self, x: Tensor, values: Tensor) -> Tensor:
+    def fast(self, x: Tensor, values: Tensor, *, cache: Cache | None = None) -> Tensor:
+        tokens, padding = (values.reshape(x.shape) if cache is None else values.squeeze(-1)), self._left
+        if self.causal:  # what is kept stands in front in place of zeros
+            for axis, left in enumerate(padding):
+                behind = (0, 0) * (len(padding) - axis)
+                tokens = nn.functional.pad(tokens, (*behind, left - self._kept(cache), 0))
+            padding = (0,) * len(padding)
         return conv(
-            values.reshape(x.shape),
+            tokens,
             self.weight,
             self.bias,
             stride=self.stride,
-            padding=centre_padding(self._kernel, self.dilation),
+            padding=padding,
             dilation=self.dilation,
             groups=self.dim,
         )
@@ -108,3 +122,14 @@ class DepthwiseConv(TokenMixer):
 
     def macs(self, grid: Sequence[int]) -> int:
         return math.prod(self.out_grid(grid)) * math.prod(self._kernel) * self.dim
+
+    @property
+    def remembers(self) -> int:
+        return self._left[0]
+
+    @property
+    def _left(self) -> tuple[int, ...]:
+        """Positions that the taps reach in front of the query, along each axis."""
+        if self.causal:
+            return tuple(self.dilation * (k - 1) for k in self._kernel)
+        return centre_padding(self._kernel, self.dilation)
