@@ -93,12 +93,12 @@ def given(**call: Any) -> dict[str, Any]:
     return {name: value for name, value in call.items() if value is not None}
 
 
-def check_tokens(mixer: str, name: str, tokens: Tensor, dim: int) -> None:
+def check_tokens(mixer: str, name: str, tokens: Tensor, dim: int, width: str = "dim") -> None:
     """Tokens [B, *grid, dim], at least one in every image."""
     if tokens.dim() < 3:
         raise ValueError(f"{mixer}: {name} has shape {tuple(tokens.shape)}, needs [B, *grid, {dim}]")
     if tokens.shape[-1] != dim:
-        raise ValueError(f"{mixer}: {name} has {tokens.shape[-1]} channels, dim is {dim}; channels come last")
+        raise ValueError(f"{mixer}: {name} has {tokens.shape[-1]} channels, {width} is {dim}; channels come last")
     if any(n == 0 for n in tokens.shape[1:-1]):
         raise ValueError(f"{mixer}: {name} has shape {tuple(tokens.shape)}: no tokens; give at least one")
 

@@ -113,13 +113,14 @@ def forward_equals_definition(spec: str, grid: tuple[int, ...]) -> str | None:
 def empty_batch(spec: str, grid: tuple[int, ...]) -> str | None:
     """No images in, none out, in training and in evaluation, and no state moves."""
     mixer = random_mixer(spec)
-    expected = (0, *mixer(tokens(2, *grid)).shape[1:])
+    x = tokens(2, *grid)
+    expected = (0, *mixer(x, **mixer.besides(x)).shape[1:])
     for training in (False, True):
         mixer.train(training)
         before = copy.deepcopy(mixer.state_dict())
         for path in (mixer, mixer.reference):
             x = tokens(0, *grid).requires_grad_()
-            out = path(x)
+            out = path(x, **mixer.besides(x))
             out.sum().backward()
             true(out.shape == expected, f"an empty batch gives shape {tuple(out.shape)}, not {expected}")
         for name, value in mixer.state_dict().items():
@@ -154,7 +155,8 @@ def dense_says_the_same(spec: str, grid: tuple[int, ...]) -> str | None:
     if (said := _no_weights(mixer)) is not None:
         return said
     x = tokens(2, *grid)
-    found, values = mixer.weights(x), mixer.values(x)
+    also = mixer.besides(x)
+    found, values = mixer.weights(x, **also), mixer.values(also.get("source", x))
     mixed = aggregate(found, values)
     close("coalesce()", aggregate(found.coalesce(), values), mixed, 1e-9)
     dense = found.dense()
@@ -174,13 +176,18 @@ def dense_says_the_same(spec: str, grid: tuple[int, ...]) -> str | None:
 def positions_are_those_of_the_grid(spec: str, grid: tuple[int, ...]) -> str | None:
     """Queries stand at the output grid's coordinates; sources on a grid of equal steps, in the same raster order.
 
-    Sources before those of the grid (pooled ones) may stand anywhere.
+    Sources before those of the grid (pooled ones) may stand anywhere; queries of another source's have no place.
     """
     mixer = random_mixer(spec)
     if (said := _no_weights(mixer)) is not None:
         return said
-    found = mixer.weights(tokens(2, *grid))
-    close("query_positions", found.query_positions, grid_positions(found.out_grid), 0)
+    x = tokens(2, *grid)
+    also = mixer.besides(x)
+    found = mixer.weights(x, **also)
+    if "source" in also:
+        true(bool(found.query_positions.isnan().all()), "a query has a place among tokens of another source")
+    else:
+        close("query_positions", found.query_positions, grid_positions(found.out_grid), 0)
     coordinates, places = grid_positions(found.source_grid), found.source_positions
     true(len(coordinates) <= len(places), f"source_grid {found.source_grid} holds more than {len(places)} sources")
     places = places[len(places) - len(coordinates) :]
@@ -197,7 +204,8 @@ def scores_make_the_weights(spec: str, grid: tuple[int, ...]) -> str | None:
     if not isinstance(mixer, TokenMixer) or type(mixer)._scores is TokenMixer._scores:
         return NO_SOFTMAX
     x = tokens(2, *grid)
-    found, terms = mixer.weights(x), mixer.scores(x)
+    also = mixer.besides(x)
+    found, terms = mixer.weights(x, **also), mixer.scores(x, **also)
     if not torch.allclose(found.weights.sum(-1), torch.ones((), dtype=torch.float64)):
         return MORE_THAN_A_SOFTMAX
     total = sum(terms.values()).expand(found.weights.shape)  # type: ignore[union-attr]
@@ -211,12 +219,13 @@ def query_subset(spec: str, grid: tuple[int, ...]) -> str | None:
     """A subset of the queries gives those rows, of the output and of the weights."""
     mixer = random_mixer(spec)
     x = tokens(2, *grid)
-    full = mixer(x).flatten(1, -2)
+    also = mixer.besides(x)
+    full = mixer(x, **also).flatten(1, -2)
     queries = torch.arange(full.shape[1] - 1, -1, -2)
-    close("the output at a subset of queries", mixer(x, queries=queries), full[:, queries], 1e-9)
+    close("the output at a subset of queries", mixer(x, queries=queries, **also), full[:, queries], 1e-9)
     if not isinstance(mixer, TokenMixer):
         return None
-    rows, some = mixer.weights(x).dense(), mixer.weights(x, queries=queries)
+    rows, some = mixer.weights(x, **also).dense(), mixer.weights(x, queries=queries, **also)
     rows = rows.expand(-1, -1, full.shape[1], -1)[:, :, queries]
     close("the weights at a subset of queries", some.dense().expand_as(rows), rows, 1e-9)
     true(len(some.query_positions) == len(queries), "query_positions are not those of the subset")
@@ -278,18 +287,24 @@ def padding_changes_nothing(spec: str, grid: tuple[int, ...]) -> str | None:
     _corner(valid[1], own)[...] = True
     mixer = random_mixer(spec)
     x = tokens(2, *grid)
+
+    def call(path: Callable[..., Tensor], tokens: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Padding is the source's where there is one: then x itself stays as it is."""
+        also = mixer.besides(tokens)
+        return path(x if also and valid is not None else tokens, valid=valid, **also)
+
     try:
-        mixer(x, valid=valid)
+        call(mixer, x, valid)
     except ValueError as error:
         true(type(mixer).__name__ in str(error), f"padding is refused without the operator's name: {error}")
         return str(error)
     own_out = mixer.out_grid(own)
     for path in (mixer, mixer.reference):
-        nothing = path(x, valid=torch.zeros_like(valid))
+        nothing = call(path, x, torch.zeros_like(valid))
         true(bool(nothing.isfinite().all()), "queries without any real source come out infinite or NaN")
-        padded = path(x, valid=valid)
-        close("the padded image", _corner(padded[1], own_out), path(_corner(x[1], own)[None])[0], 1e-9)
-        close("the image that fills the grid", padded[0], path(x[:1])[0], 1e-9)
+        padded = call(path, x, valid)
+        close("the padded image", _corner(padded[1], own_out), call(path, _corner(x[1], own)[None])[0], 1e-9)
+        close("the image that fills the grid", padded[0], call(path, x[:1])[0], 1e-9)
     mixer.train()
     rubbish = 100 * torch.randn_like(x)
     rubbish[..., 0], rubbish[..., 1] = torch.nan, torch.inf
@@ -300,7 +315,7 @@ def padding_changes_nothing(spec: str, grid: tuple[int, ...]) -> str | None:
         for padded in (x, noise):
             mixer.load_state_dict(start)
             padded = padded.clone().requires_grad_()
-            out = path(padded, valid=valid)
+            out = call(path, padded, valid)
             real = [out[0], _corner(out[1], own_out)]
             grads = torch.autograd.grad(real[0].square().sum() + real[1].square().sum(), [padded, *mixer.parameters()])
             buffers = [b.clone().double() for b in mixer.buffers()]
@@ -321,14 +336,15 @@ def looking_changes_nothing(spec: str, grid: tuple[int, ...]) -> str | None:
         if isinstance(mixer, TokenModule):
             _changes_no_state(mixer, lambda: mixer.mix(x), "mix")  # noqa: B023
             continue
-        plain = copy.deepcopy(mixer)(x)
+        also = mixer.besides(x)
+        plain = copy.deepcopy(mixer)(x, **also)
         draws = torch.get_rng_state()
         with inspect(mixer) as seen:
-            out = mixer(x)
+            out = mixer(x, **also)
         true(training or torch.equal(draws, torch.get_rng_state()), "a forward pass in evaluation draws random numbers")
         true(torch.equal(out, plain), "the output differs from the one without inspect")
         (call,) = seen
-        _changes_no_state(mixer, lambda: (call.weights(), mixer.weights(x)), "asking for weights")  # noqa: B023
+        _changes_no_state(mixer, lambda: (call.weights(), mixer.weights(x, **also)), "asking for weights")  # noqa: B023
         error = call.rebuild_error()
         true(error <= 1e-9, f"the weights rebuild the output with a relative error of {error:.1e}")
     return None
@@ -343,11 +359,11 @@ def forced_fast_never_falls_back(spec: str, grid: tuple[int, ...]) -> str | None
     mixer.impl = "fast"
     with _definition_forbidden(mixer):
         try:
-            out = mixer(x)
+            out = mixer(x, **mixer.besides(x))
         except Unsupported as error:
             true(str(error).startswith(f"{type(mixer).__name__}: "), f"the refusal does not name the operator: {error}")
             return str(error)
-    close("the forced fast path", out, mixer.reference(x), 1e-9)
+    close("the forced fast path", out, mixer.reference(x, **mixer.besides(x)), 1e-9)
     return None
 
 
@@ -375,7 +391,8 @@ def autocast(spec: str, grid: tuple[int, ...]) -> str | None:
     x = tokens(2, *grid)
     with torch.autocast("cpu", torch.bfloat16):
         found = with_grads(mixer, mixer, x.float())
-    close("the output under autocast", found["the output"].double(), exact.reference(x), 0.06)
+    expected = exact.reference(x, **exact.besides(x))
+    close("the output under autocast", found["the output"].double(), expected, 0.06)
     for name, value in found.items():  # no closer: where rounding flips a ReLU, the gradient rightly jumps
         true(bool(value.isfinite().all()), f"{name} under autocast is not finite")
     return None
@@ -399,11 +416,15 @@ def exports(spec: str, grid: tuple[int, ...]) -> str | None:
     """torch.export with every length dynamic; the program is then run at four other sizes."""
     mixer = random_mixer(spec)
     dynamic = {axis + 1: torch.export.Dim.DYNAMIC for axis in range(len(grid))}
+    x = tokens(2, *grid)
+    also = mixer.besides(x)
     with torch.no_grad():
-        program = torch.export.export(mixer, (tokens(2, *grid),), dynamic_shapes=(dynamic,)).module()
+        shapes = {"x": dynamic} | dict.fromkeys(also, dynamic)
+        program = torch.export.export(mixer, (x,), also, dynamic_shapes=shapes).module()
         for other in EXPORTED_TO[len(grid)]:
             x = tokens(2, *other)
-            close(f"the program exported at {grid}, run at {other}", program(x), mixer(x), 1e-9)
+            also = mixer.besides(x)
+            close(f"the program exported at {grid}, run at {other}", program(x, **also), mixer(x, **also), 1e-9)
     return None
 
 
@@ -414,7 +435,8 @@ def state_dict_round_trip(spec: str, grid: tuple[int, ...]) -> str | None:
     true(repr(again) == repr(mixer), f"repr {mixer!r} builds {again!r}")
     again.load_state_dict(mixer.state_dict())
     x = tokens(2, *grid)
-    true(torch.equal(again(x), mixer(x)), "the copy's output differs")
+    also = mixer.besides(x)
+    true(torch.equal(again(x, **also), mixer(x, **also)), "the copy's output differs")
     return None
 
 
@@ -510,7 +532,7 @@ def _no_weights(mixer: Operator) -> str | None:
 
 def _refuses(mixer: nn.Module, x: Tensor, *words: str, **call: Tensor) -> None:
     try:
-        mixer(x, **call)
+        mixer(x, **mixer.besides(x) | call)
     except ValueError as error:
         missing = [word for word in words if word not in str(error)]
         true(not missing, f"the refusal of shape {tuple(x.shape)} does not hold {' or '.join(missing)}: {error}")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.gradcheck import GradcheckError
 
 from glocal.mixer import TokenMixer
+from glocal.operator import Operator
 from glocal.spec import build
 
 DIM = 32
@@ -38,10 +39,10 @@ def tokens(*shape: int) -> Tensor:
     return torch.randn(*shape, DIM, generator=generator, dtype=torch.float64)
 
 
-def with_grads(mixer: nn.Module, path: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, Tensor]:
-    """The output of path(x), and the gradients of x and of every parameter of the mixer, by name."""
+def with_grads(mixer: Operator, path: Callable[..., Tensor], x: Tensor) -> dict[str, Tensor]:
+    """The output of path(x), given what the mixer needs besides, and the gradients of x and of all parameters."""
     x = x.clone().requires_grad_()
-    out = path(x)
+    out = path(x, **mixer.besides(x))
     # the same numbers in every dtype
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(out)
     named = dict(mixer.named_parameters())
@@ -53,7 +54,7 @@ def with_grads(mixer: nn.Module, path: Callable[[Tensor], Tensor], x: Tensor) ->
 
 
 def as_function(
-    mixer: nn.Module, path: Callable[[Tensor], Tensor], grid: tuple[int, ...]
+    mixer: Operator, path: Callable[..., Tensor], grid: tuple[int, ...]
 ) -> tuple[tuple[Tensor, ...], Callable[..., Tensor]]:
     """x and all parameters as inputs of a function, for numerical derivatives."""
     named = dict(mixer.named_parameters())
@@ -62,7 +63,7 @@ def as_function(
     def call(x: Tensor, *parameters: Tensor) -> Tensor:
         state = dict(zip(named, parameters, strict=True))
         with _swapped(mixer, state):
-            return (mixer if method is None else getattr(mixer, method))(x)
+            return (mixer if method is None else getattr(mixer, method))(x, **mixer.besides(x))
 
     x = tokens(2, *grid).requires_grad_()
     return (x, *(p.detach().clone().requires_grad_() for p in named.values())), call

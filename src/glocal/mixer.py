@@ -43,7 +43,7 @@ class Cache:
     def join(self, name: str, new: Tensor, limit: int | None = None) -> Tensor:
         """`new` [B, t, ...] behind what is remembered under this name, of which the last `limit` tokens are kept."""
         past = self.recall(name, new.shape[0])
-        joined = new if past is None else torch.cat([past, new], dim=1)
+        joined = new if past is None else torch.cat([past, new], dim=1) if new.shape[1] else past
         # a copy: a view would keep all of a long beginning in memory
         self._next[name] = joined if limit is None else joined[:, max(joined.shape[1] - limit, 0) :].clone()
         return joined

@@ -37,11 +37,13 @@ class Operator(nn.Module, ABC):
     benchmarks and galleries build; and hooks, which name in their own signature those call arguments that they use.
     `undecayed` names the parameters that the operator's published training exempts from weight decay, where the rule
     for biases and scales, one axis, does not find them: tables of position biases, places of heads.
+    One that means nothing without a source says so in `needs_source`, and how wide it is in `source_dim`.
     """
 
     defined_in = ""  # "path/to/file.py:" for an operator of a user's file
     examples: ClassVar[tuple[str, ...]] = ()
     undecayed: ClassVar[tuple[str, ...]] = ()
+    needs_source: ClassVar[bool] = False  # a call without one is refused
 
     dim: int
     rank: int | None  # of the grid; None: any
@@ -99,6 +101,16 @@ class Operator(nn.Module, ABC):
         """Multiply-adds of the definition for one image; counted on shapes alone unless a class says it."""
         return self.counted_macs(grid)
 
+    def besides(self, x: Tensor) -> dict[str, Tensor]:
+        """What a call needs besides x, made of x, for whoever has nothing else: the same tokens as the source.
+
+        {} where x is enough. A source of another width has the tokens' channels, over again where it is wider.
+        """
+        if not self.needs_source:
+            return {}
+        channels = torch.arange(self._source_dim, device=x.device)
+        return {"source": x[..., channels % x.shape[-1]]}
+
     def counted_macs(self, grid: Sequence[int]) -> int:
         """Multiply-adds that torch.utils.flop_counter finds in the definition for one image, without computing."""
         from torch.utils.flop_counter import FlopCounterMode
@@ -142,14 +154,23 @@ class Operator(nn.Module, ABC):
         check_tokens(name, "x", x, self.dim)
         source, grid = call.get("source"), call.get("grid")
         if source is not None:
-            check_tokens(name, "source", source, self.dim)
+            check_tokens(name, "source", source, self._source_dim, "source_dim" if self.needs_source else "dim")
             if source.shape[0] != x.shape[0]:
                 raise ValueError(f"{name}: source has {source.shape[0]} images, x has {x.shape[0]}")
+        elif self.needs_source:
+            if not len(call.get("cache", ())):
+                raise ValueError(
+                    f"{name}: source is not given; it reads another sequence [B, *S, {self._source_dim}], not x"
+                )
+            call["source"] = source = x.new_empty(x.shape[0], 0, self._source_dim)  # all of it is remembered
         if "cache" in call:
-            if not getattr(self, "causal", False) or x.dim() != 3:
-                raise ValueError(f"{name}: cache was given; it needs causal=True and x of shape [B, t, C]")
-            for other in call.keys() & {"source", "grid"}:
-                raise ValueError(f"{name}: {other} was given with a cache, which holds one sequence of plain tokens")
+            if not self.needs_source:  # which is all that its cache remembers
+                if not getattr(self, "causal", False) or x.dim() != 3:
+                    raise ValueError(f"{name}: cache was given; it needs causal=True and x of shape [B, t, C]")
+                for other in call.keys() & {"source", "grid"}:
+                    raise ValueError(
+                        f"{name}: {other} was given with a cache, which holds one sequence of plain tokens"
+                    )
             call["cache"].belong_to(self)
         for argument, tokens in (("pos_embed", x), ("source_pos_embed", x if source is None else source)):
             if argument in call:
@@ -212,6 +233,10 @@ class Operator(nn.Module, ABC):
     @property
     def _out_dim(self) -> int:
         return getattr(self, "out_dim", self.dim)
+
+    @property
+    def _source_dim(self) -> int:
+        return getattr(self, "source_dim", self.dim)
 
     def _only(self, hook: str, call: dict[str, Any], *, update: bool = False) -> dict[str, Any]:
         """The arguments that a hook names."""
@@ -280,7 +305,7 @@ class _Definition(nn.Module):
         self.mixer = mixer
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.mixer.reference(x)
+        return self.mixer.reference(x, **self.mixer.besides(x))
 
 
 def no_weight_decay(model: nn.Module) -> set[str]:

@@ -175,7 +175,7 @@ def _jacobian(
         for parameter in operator.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
         x = torch.randn(2, *grid, dim, dtype=torch.float64)
-        held = operator.weights(x) if isinstance(operator, TokenMixer) else None
+        held = operator.weights(x, **operator.besides(x)) if isinstance(operator, TokenMixer) else None
         out_grid = tuple(operator(x).shape[1:-1]) if held is None else held.out_grid
     images = []
     for b in range(2):
@@ -191,7 +191,7 @@ def _held(mixer: TokenMixer, held: Aggregation, image: int) -> Callable[[Tensor]
 
     dense = held.dense()  # few tokens: quicker than gathering, whose backward pass scatters
     one = replace(held, weights=dense[image : image + 1] if dense.shape[0] > 1 else dense, index=None)
-    return lambda x: mixer.project(aggregate(one, mixer.values(x)))
+    return lambda x: mixer.project(aggregate(one, mixer.values(mixer.besides(x).get("source", x))))
 
 
 def _rows_of(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -60,7 +60,8 @@ def _all() -> Iterator[_Found]:
         grid = (16,) if mixer.rank == 1 else (8, 8)
         weights = None
         if isinstance(mixer, TokenMixer):
-            weights = tuple(mixer.weights(torch.zeros(2, *grid, mixer.dim)).weights.shape)
+            x = torch.zeros(2, *grid, mixer.dim)
+            weights = tuple(mixer.weights(x, **mixer.besides(x)).weights.shape)
         yield _Found(operator, mixer, grid, weights, connectivity(mixer, grid))
         if sys.stderr.isatty():
             print(f"\r{i} of {len(names)} measured" if i < len(names) else f"\r{'':30}\r", end="", file=sys.stderr)

@@ -94,9 +94,10 @@ def explain_path_command(name: str, arguments: Sequence[str]) -> int:
             print(f"{mixer!r}: an ordinary module: there is one way to compute it")
             return 0
         mixer.impl = command.impl
-        reason = mixer.unsupported(torch.zeros(*command.shape, dtype=dtype))
-        # shapes are all that is asked for
-        found = mixer.to("meta").eval().weights(torch.empty(*command.shape, dtype=dtype, device="meta"))
+        x = torch.zeros(*command.shape, dtype=dtype)
+        reason = mixer.unsupported(x, **mixer.besides(x))
+        x = x.to("meta")  # shapes are all that is asked for
+        found = mixer.to("meta").eval().weights(x, **mixer.besides(x))
         macs = mixer.macs(grid)
     stored = tuple(found.weights.shape)
     dense = (stored[0], found.num_groups, found.num_queries, found.num_sources)
