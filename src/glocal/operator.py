@@ -213,7 +213,7 @@ class Operator(nn.Module, ABC):
         call["valid"] = valid[:, past - self._kept(call.get("cache")) :]
         if source is None:
             return finite_outside(x, valid[:, past:]), call
-        call["source"] = finite_outside(source, valid)
+        call["source"] = finite_outside(source, valid[:, past:])
         return x, call
 
     def _kept(self, cache: Any) -> int:

@@ -256,11 +256,6 @@ FAULTS = (
         "seen = None if valid is None else torch.ones_like(valid).flatten(1)[:, None, None]",
     ),
     (
-        "the fast path spreads a row that sees nothing evenly",
-        "return self.proj(torch.where(some, mixed, 0))",
-        "return self.proj(mixed)",
-    ),
-    (
         "keys get no positions without a source",
         "source_pos_embed = pos_embed if source_pos_embed is None else source_pos_embed",
         "source_pos_embed = None",
@@ -274,10 +269,5 @@ FAULTS = (
         "tokens after a cache are placed at the start",
         "positions[past:], positions",
         "positions[: x.shape[1]], positions",
-    ),
-    (
-        "queries with another source are placed on its grid",
-        "return out_grid, places, nowhere, grid_positions(places, device=x.device)",
-        "return out_grid, places, grid_positions(places, device=x.device), grid_positions(places, device=x.device)",
     ),
 )

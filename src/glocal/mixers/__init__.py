@@ -1,7 +1,9 @@
 """The token mixers, one file each. A new operator is one line here."""
 
 from glocal.mixers.average_pooling import AveragePooling as AveragePooling
+from glocal.mixers.class_attention import ClassAttention as ClassAttention
 from glocal.mixers.convolution import Convolution as Convolution
+from glocal.mixers.cross_attention import CrossAttention as CrossAttention
 from glocal.mixers.deformable_conv import DeformableConv as DeformableConv
 from glocal.mixers.depthwise_conv import DepthwiseConv as DepthwiseConv
 from glocal.mixers.dynamic_conv import DynamicConv as DynamicConv

@@ -3,9 +3,12 @@
 Shape letters: B batch, N tokens, C channels, G heads, D channels per head, M sources.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
+from glocal.aggregation import grid_positions
 from glocal.arguments import flag, positive, resolve_heads
 from glocal.mixer import TokenMixer, Unsupported
 
@@ -39,18 +42,20 @@ class Attention(TokenMixer):
 
     def heads(self, tokens: Tensor, part: int) -> Tensor:
         """Queries (part 0, scaled), keys (1) or values (2) of tokens [B, *S, C]: [B, N, G, D]."""
-        rows = slice(part * self.out_dim, (part + 1) * self.out_dim)
-        tokens = tokens.flatten(1, -2)
-        if type(self.qkv) is nn.Linear and not self.qkv._forward_hooks and not self.qkv._forward_pre_hooks:
-            bias = None if self.qkv.bias is None else self.qkv.bias[rows]
-            out = nn.functional.linear(tokens, self.qkv.weight[rows], bias)
-        else:  # adapted (LoRA, quantised) or watched: its own call is what counts
-            out = self.qkv(tokens)[..., rows]
-        out = out.unflatten(-1, (self.num_heads, -1))
+        out = part_of(self.qkv, tokens.flatten(1, -2), part, self.out_dim).unflatten(-1, (self.num_heads, -1))
         return out * self.scale if part == 0 else out
 
     def _projection_macs(self, tokens: int) -> int:
         return tokens * (3 * self.dim * self.out_dim + self.out_dim * self.out_dim)
+
+
+def part_of(projection: nn.Module, tokens: Tensor, part: int, size: int) -> Tensor:
+    """One of the parts, `size` channels each, that a linear map of tokens [..., C] gives one after the other."""
+    rows = slice(part * size, (part + 1) * size)
+    if type(projection) is nn.Linear and not projection._forward_hooks and not projection._forward_pre_hooks:
+        bias = None if projection.bias is None else projection.bias[rows]
+        return nn.functional.linear(tokens, projection.weight[rows], bias)
+    return projection(tokens)[..., rows]  # adapted (LoRA, quantised) or watched: its own call is what counts
 
 
 def sum_of(scores: dict[str, Tensor]) -> Tensor:
@@ -88,6 +93,15 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, causal:
     return out.transpose(1, 2).flatten(2)
 
 
+def sdpa_where(seen: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`sdpa` over the sources that are seen, [B|1, 1, N|1, M] (None: all); a query that sees none gets 0."""
+    if seen is None:
+        return sdpa(q, k, v)
+    mixed = sdpa(q, k, v, bias=mask_bias(seen, q.dtype))
+    # the library spreads a row that sees nothing evenly over what it may not see
+    return torch.where(seen.any(-1)[:, 0, :, None], mixed, 0)
+
+
 def _no_second_derivative(grad: Tensor) -> None:
     if torch.is_grad_enabled():  # in a backward pass: create_graph=True
         raise Unsupported(
@@ -109,3 +123,15 @@ def table_parameter(*shape: int) -> nn.Parameter:
 def add_position(tokens: Tensor, embedding: Tensor | None) -> Tensor:
     """Tokens with positions added; for queries and keys, never for values."""
     return tokens if embedding is None else tokens + embedding
+
+
+def geometry_across(
+    x: Tensor, source: Tensor, past: int = 0
+) -> tuple[tuple[int, ...], tuple[int, ...], Tensor, Tensor]:
+    """out_grid, source_grid and the positions of queries and sources, where queries have no place among the sources.
+
+    `past`: sources that a cache remembers; with those of the call they are one sequence.
+    """
+    grid = tuple(source.shape[1:-1]) if not past else (past + math.prod(source.shape[1:-1]),)
+    nowhere = x.new_full((math.prod(x.shape[1:-1]), len(grid)), math.nan, dtype=torch.float32)
+    return tuple(x.shape[1:-1]), grid, nowhere, grid_positions(grid, device=x.device)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from glocal.aggregation import Aggregation, grid_positions
 from glocal.arguments import flag, resolve_heads
 from glocal.mixer import TokenMixer
-from glocal.mixers._attention import mask_bias, masked_softmax, sdpa
+from glocal.mixers._attention import masked_softmax, part_of, sdpa_where
 
 
 class ReducedAttention(TokenMixer):
@@ -60,12 +60,7 @@ class ReducedAttention(TokenMixer):
         # the map is reduced once here, for keys and values; the definition does it for each
         keys_and_values = self.kv(self.reduced(x, valid)).unflatten(-1, (2, self.num_heads, -1))
         q, (k, v) = self._queries(x.flatten(1, -2)), keys_and_values.unbind(2)
-        if valid is None:
-            return self.proj(sdpa(q, k, v))
-        seen = self.seen(valid)
-        mixed = sdpa(q, k, v, bias=mask_bias(seen[:, None, None], q.dtype))
-        # an image that holds no real token is spread evenly over what it may not see; the definition says 0
-        return self.proj(torch.where(seen.any(-1)[:, None, None], mixed, 0))
+        return self.proj(sdpa_where(None if valid is None else self.seen(valid)[:, None, None], q, k, v))
 
     def macs(self, grid: Sequence[int]) -> int:
         n, m, c = math.prod(grid), math.prod(self.source_grid(grid)), self.dim
@@ -99,10 +94,4 @@ class ReducedAttention(TokenMixer):
 
     def _half(self, pooled: Tensor, part: int) -> Tensor:
         """Keys (part 0) or values (1) of pooled tokens: [B, M, C] -> [B, M, G, D]."""
-        rows = slice(part * self.dim, (part + 1) * self.dim)
-        if type(self.kv) is nn.Linear and not self.kv._forward_hooks and not self.kv._forward_pre_hooks:
-            bias = None if self.kv.bias is None else self.kv.bias[rows]
-            out = nn.functional.linear(pooled, self.kv.weight[rows], bias)
-        else:  # adapted (LoRA, quantised) or watched: its own call is what counts
-            out = self.kv(pooled)[..., rows]
-        return out.unflatten(-1, (self.num_heads, -1))
+        return part_of(self.kv, pooled, part, self.dim).unflatten(-1, (self.num_heads, -1))

@@ -1,4 +1,4 @@
-"""Global self-attention and cross-attention."""
+"""Global self-attention."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from torch import Tensor
 from glocal.aggregation import Aggregation, grid_positions
 from glocal.arguments import flag
 from glocal.mixer import Cache
-from glocal.mixers._attention import Attention, add_position, mask_bias, masked_softmax, sdpa
+from glocal.mixers._attention import Attention, add_position, geometry_across, masked_softmax, sdpa, sdpa_where
 
 
 class SelfAttention(Attention):
@@ -27,8 +27,10 @@ class SelfAttention(Attention):
 
     Shape:
         x [B, *S, C] -> [B, *S, out_dim], S of any rank. With `source` [B, *S', C] keys and values come from
-        there. `pos_embed` and `source_pos_embed` are added for queries and keys only. `grid` takes class
-        tokens in front. With `cache` (causal, rank 1) x follows the tokens that are remembered.
+        there, by the same `qkv`: what nn.MultiheadAttention and with it DETR's decoder hold. `CrossAttention` is for
+        a source that has projections, and perhaps a width, of its own. `pos_embed` and `source_pos_embed` are added
+        for queries and keys only. `grid` takes class tokens in front. With `cache` (causal, rank 1) x follows the
+        tokens that are remembered.
 
     Cost: N*C*3*out_dim + 2*N*M*out_dim + N*out_dim^2 multiply-adds.
 
@@ -113,11 +115,7 @@ class SelfAttention(Attention):
         if valid is None and cache is None:
             return self.proj(sdpa(q, k, values, causal=self.causal))
         seen = self._seen(q.shape[1], k.shape[1], k.shape[1] - q.shape[1], valid, x.device)
-        assert seen is not None
-        mixed = sdpa(q, k, values, bias=mask_bias(seen, q.dtype))
-        # a row that sees nothing is spread evenly over what it may not see; the definition says 0
-        some = seen.any(-1)[:, 0, :, None]
-        return self.proj(torch.where(some, mixed, 0))
+        return self.proj(sdpa_where(seen, q, k, values))
 
     def macs(self, grid: Sequence[int]) -> int:
         n = math.prod(grid)
@@ -153,11 +151,9 @@ def geometry(
     x: Tensor, source: Tensor | None, grid: Sequence[int] | None, past: int
 ) -> tuple[tuple[int, ...], tuple[int, ...], Tensor, Tensor]:
     """out_grid, source_grid and the positions of queries and sources."""
-    out_grid = tuple(x.shape[1:-1])
     if source is not None:
-        places = tuple(source.shape[1:-1])
-        nowhere = x.new_full((math.prod(out_grid), len(places)), math.nan, dtype=torch.float32)
-        return out_grid, places, nowhere, grid_positions(places, device=x.device)
+        return geometry_across(x, source)
+    out_grid = tuple(x.shape[1:-1])
     if grid is not None:
         positions = grid_positions(grid, num_prefix=x.shape[1] - math.prod(grid), device=x.device)
         return out_grid, tuple(grid), positions, positions
