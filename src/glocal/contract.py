@@ -73,6 +73,8 @@ def run(spec: str, check: "Check", grid: Sequence[int]) -> Outcome:
     except Broken as error:
         return Outcome(*about, "broken", str(error))
     except Exception as error:  # a check must end in words, whatever an operator throws
+        if (why_not := _exempt(spec, check)) is not None:
+            return Outcome(*about, "refused", why_not)
         return Outcome(*about, "broken", f"{type(error).__name__}: {error}")
     return Outcome(*about, "refused", why_not) if why_not else Outcome(*about, "kept")
 
@@ -80,6 +82,16 @@ def run(spec: str, check: "Check", grid: Sequence[int]) -> Outcome:
 def causal(mixer: Operator) -> bool:
     """Whether its tokens have an order, of which it reads the earlier ones only."""
     return bool(getattr(mixer, "causal", False))
+
+
+def _exempt(spec: str, check: "Check") -> str | None:
+    """What the operator says of a check that cannot run on it; a check that runs is held to its result."""
+    try:
+        mixer = build(spec, DIM)
+    except ValueError:
+        return None
+    why_not = getattr(mixer, "exempt", {}).get(check.__name__)
+    return None if why_not is None else f"{type(mixer).__name__}: {why_not}"
 
 
 def fits(spec: str, grid: Sequence[int]) -> bool:
@@ -262,11 +274,16 @@ def pieces_equal_the_whole(spec: str, grid: tuple[int, ...]) -> str | None:
         true(type(mixer).__name__ in str(error), f"a cache is refused without the operator's name: {error}")
         return NO_SEQUENCE if len(grid) > 1 else str(error)
     length = grid[0]
-    padding = torch.ones(2, length, dtype=torch.bool)
-    padding[1, [0, *range(2, length, 3), length - 1]] = False
+    anywhere = torch.ones(2, length, dtype=torch.bool)
+    anywhere[1, [0, *range(2, length, 3), length - 1]] = False
+    at_the_end = torch.arange(length) < torch.tensor([[length], [length // 2]])
     for path in (mixer, mixer.reference):
-        for valid in (None, padding):
-            whole = path(x, **({} if valid is None else {"valid": valid}))
+        for valid in (None, anywhere, at_the_end):
+            try:
+                whole = path(x, **({} if valid is None else {"valid": valid}))
+            except ValueError as error:
+                true(type(mixer).__name__ in str(error), f"padding is refused without the operator's name: {error}")
+                continue
             for ends in (range(1, length + 1), sorted({min(n, length) for n in (1, 6, 7, length // 2, length)} - {0})):
                 out = torch.cat(_in_pieces(path, x, valid, ends), 1)
                 real = slice(None) if valid is None else valid

@@ -185,7 +185,7 @@ class TokenMixer(Operator):
         values = {"values": self._values(x, call)} if "values" in self._takes["fast"] else {}
         out = self.fast(x, **values, **self._only("fast", call, update=True))
         if cache is not None:
-            cache.commit(x.shape[1])
+            cache.commit(self._brought(x, call))
         return out.reshape(shape)
 
     def reference(self, x: Tensor, source: Tensor | None = None, **call: Any) -> Tensor:
@@ -195,7 +195,7 @@ class TokenMixer(Operator):
         x, call = self._bind(x, call)
         out = self.project(aggregate(self._aggregation(x, call, update=True), self._values(x, call)))
         if "cache" in call:
-            call["cache"].commit(x.shape[1])
+            call["cache"].commit(self._brought(x, call))
         return out.reshape(shape)
 
     def weights(self, x: Tensor, source: Tensor | None = None, **call: Any) -> Aggregation:

@@ -44,6 +44,7 @@ class Operator(nn.Module, ABC):
     examples: ClassVar[tuple[str, ...]] = ()
     undecayed: ClassVar[tuple[str, ...]] = ()
     needs_source: ClassVar[bool] = False  # a call without one is refused
+    exempt: ClassVar[dict[str, str]] = {}  # checks of the contract that cannot run, and why in words
 
     dim: int
     rank: int | None  # of the grid; None: any
@@ -166,7 +167,7 @@ class Operator(nn.Module, ABC):
         if "cache" in call:
             if not self.needs_source:  # which is all that its cache remembers
                 if not getattr(self, "causal", False) or x.dim() != 3:
-                    raise ValueError(f"{name}: cache was given; it needs causal=True and x of shape [B, t, C]")
+                    raise ValueError(f"{name}: cache was given; it needs a causal operator and x of shape [B, t, C]")
                 for other in call.keys() & {"source", "grid"}:
                     raise ValueError(
                         f"{name}: {other} was given with a cache, which holds one sequence of plain tokens"
@@ -238,6 +239,10 @@ class Operator(nn.Module, ABC):
     def _source_dim(self) -> int:
         return getattr(self, "source_dim", self.dim)
 
+    def _brought(self, x: Tensor, call: dict[str, Any]) -> int:
+        """Tokens that a call adds to what a cache remembers."""
+        return math.prod((call["source"] if self.needs_source else x).shape[1:-1])
+
     def _only(self, hook: str, call: dict[str, Any], *, update: bool = False) -> dict[str, Any]:
         """The arguments that a hook names."""
         takes = self._takes[hook]
@@ -290,10 +295,14 @@ class TokenModule(Operator):
 
     def _run(self, x: Tensor, call: dict[str, Any], *, update: bool) -> Tensor:
         shape = self._out_shape(x, call)
+        if "cache" in call and not update:
+            call = call | {"cache": call["cache"].copy()}  # nothing is left to commit
         x, call = self._bind(x, call)
         if "valid" in call and "valid" not in self._takes["_mix"]:
             raise ValueError(f"{type(self).__name__}: takes no valid: it would mix padding into real tokens")
         out = self._mix(x, **self._only("_mix", call, update=update))
+        if "cache" in call and update:
+            call["cache"].commit(self._brought(x, call))
         if "queries" in call:
             out = out.flatten(1, -2)[:, call["queries"]]
         return out.reshape(shape)

@@ -13,6 +13,7 @@ from glocal.mixers.gate import Gate as Gate
 from glocal.mixers.gated_mixture import GatedMixture as GatedMixture
 from glocal.mixers.gated_positional_attention import GatedPositionalAttention as GatedPositionalAttention
 from glocal.mixers.generalized_quadratic_attention import GeneralizedQuadraticAttention as GeneralizedQuadraticAttention
+from glocal.mixers.gru import GRU as GRU
 from glocal.mixers.halo_attention import HaloAttention as HaloAttention
 from glocal.mixers.inhomogeneous_depthwise_conv import InhomogeneousDepthwiseConv as InhomogeneousDepthwiseConv
 from glocal.mixers.involution import Involution as Involution
@@ -26,6 +27,7 @@ from glocal.mixers.linear_spatial_reduction_attention import (
 from glocal.mixers.linear_token_mixing import LinearTokenMixing as LinearTokenMixing
 from glocal.mixers.local_mlp import LocalMLP as LocalMLP
 from glocal.mixers.locally_enhanced_attention import LocallyEnhancedAttention as LocallyEnhancedAttention
+from glocal.mixers.lstm import LSTM as LSTM
 from glocal.mixers.max_pooling import MaxPooling as MaxPooling
 from glocal.mixers.multi_scale_attention import MultiScaleAttention as MultiScaleAttention
 from glocal.mixers.multi_scale_conv import MultiScaleConv as MultiScaleConv
