@@ -113,8 +113,19 @@ def entry(operator):
         return getattr(glocal.mixers, operator).examples[0]
 
 
+NO_ENTRIES = {"CrossAttention": "reads a source besides", "ClassAttention": "makes a grid of"}
+
+
 @pytest.mark.parametrize("operator", glocal.available())
 def test_every_operator_is_an_entry(operator):
+    if not any(contract.fits(spec, (8, 8)) for spec in getattr(glocal.mixers, operator).examples):
+        with pytest.raises(ValueError, match=f"{operator}: works on grids of rank 1, this network's have rank 2"):
+            backbone(f"C-{entry(operator)}-C")
+        return
+    if operator in NO_ENTRIES:
+        with pytest.raises(ValueError, match=f"{operator}: {NO_ENTRIES[operator]}"):
+            backbone(f"C-{entry(operator)}-C")
+        return
     net = backbone(f"C-{entry(operator)}-C", dims=(32, 64, 64)).train()
     net(torch.randn(4, 1, 24, 24)).sum().backward()
     assert all(p.grad is not None for p in net.parameters())
@@ -229,6 +240,10 @@ def test_features_of_signals_agree_with_feature_info(length):
 @pytest.mark.parametrize("operator", glocal.available())
 def test_every_operator_is_an_entry_for_signals(operator):
     layout, images = f"C-{entry(operator)}-C", {"img_size": (50,), "dims": (32, 64, 64)}
+    if operator in NO_ENTRIES:
+        with pytest.raises(ValueError, match=f"{operator}: {NO_ENTRIES[operator]}"):
+            backbone(layout, **images)
+        return
     if not any(contract.fits(spec, (50,)) for spec in getattr(glocal.mixers, operator).examples):
         with pytest.raises(ValueError, match=f"{operator}: .*rank"):
             backbone(layout, **images)(torch.randn(4, 1, 50))
@@ -263,6 +278,126 @@ def test_the_wrong_rank_is_refused():
         backbone(img_size=(24,))(torch.randn(2, 1, 24, 24))
     with pytest.raises(ValueError, match=r"img_size is \(4, 4, 4\); it must be \(height, width\) or"):
         backbone(img_size=(4, 4, 4))
+
+
+RECURRENT = "C-LSTM(bidirectional=True)-T-T"
+
+
+def test_recurrence_convolution_and_attention_in_one_network():
+    net = glocal.Backbone(RECURRENT, in_chans=2, num_classes=5, img_size=64, rank=1)
+    scores = net(torch.randn(4, 2, 64))
+    scores.sum().backward()
+    assert scores.shape == (4, 5) and all(p.grad is not None for p in net.parameters())
+    mixers = [type(block.mixer).__name__ for stage in list(net.stages)[1:] for block in stage]
+    assert mixers == ["LSTM", "RelativeAttention", "RelativeAttention"]
+    assert net.stages[1][0].mixer.rnn.hidden_size == 32
+
+
+def test_rank_and_img_size_agree():
+    assert backbone("T", img_size=24, rank=1)(torch.randn(2, 1, 24)).shape == (2, 5)
+    assert backbone("T", img_size=(24,), rank=1).stem.rank == 1
+    assert backbone("T", img_size=24, rank=2).stem.rank == backbone("T", img_size=24).stem.rank == 2
+    for size in ((24, 24), (24,)):
+        with pytest.raises(ValueError, match=r"img_size is .*; it must be \(height, width\) or, for signals"):
+            backbone("T", img_size=size, rank=3 - len(size))
+    with pytest.raises(ValueError, match="rank is 3; it must be 2"):
+        backbone("T", rank=3)
+
+
+PADDED = [
+    "C-LSTM(bidirectional=True)-T-T",
+    "C-GRU()-C-DepthwiseConv(kernel_size=5)",
+    "NeighborhoodAttention(kernel_size=3)-AveragePooling(kernel_size=3)-WindowAttention(window_size=4)-MaxPooling()",
+]
+
+
+@pytest.mark.parametrize("options", [{}, {"conv": {"stride_in": "depthwise", "pool": "avg"}}, {"skip": False}])
+@pytest.mark.parametrize("layout", PADDED)
+def test_padding_leaves_signals_alone_through_the_whole_network(layout, options):
+    """Scores and features of every signal, forward and backward, as if it were alone."""
+    strides = (2, 2, 1, 2)[: len(parse_layout(layout))]
+    net = backbone(layout, img_size=(40,), in_chans=2, strides=strides, dims=(32, 64, 64, 64), **options)
+    net = random(net).eval()
+    lengths = (40, 23, 9, 1)
+    x, valid = torch.randn(4, 2, 40, dtype=torch.float64), torch.arange(40) < torch.tensor(lengths)[:, None]
+    padded = x.masked_fill(~valid[:, None], torch.nan)
+    scores, features = net(padded, valid), net.features(padded, valid)
+    weights = list(net.parameters())
+    upstream = torch.randn_like(scores)
+    alone = torch.cat([net(x[b : b + 1, :, :n]) for b, n in enumerate(lengths)])
+    torch.testing.assert_close(scores, alone, rtol=1e-9, atol=1e-10)
+    for b, n in enumerate(lengths):
+        for found, expected, info in zip(features, net.features(x[b : b + 1, :, :n]), net.feature_info, strict=True):
+            real = valid[b, :: info["reduction"]]
+            assert real.sum() == expected.shape[1]
+            torch.testing.assert_close(found[b, : expected.shape[1]], expected[0], rtol=1e-9, atol=1e-10)
+    got, wanted = (torch.autograd.grad(y, weights, upstream) for y in (scores, alone))
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("pool", ["max", "avg"])
+def test_padding_leaves_images_alone_through_the_whole_network(pool):
+    net = backbone("C-NeighborhoodAttention(kernel_size=3)-T", img_size=24, strides=(2, 1, 2), conv={"pool": pool})
+    net = random(net).eval()
+    x, valid = torch.randn(3, 1, 24, 20, dtype=torch.float64), torch.zeros(3, 24, 20, dtype=torch.bool)
+    sizes = ((24, 20), (13, 20), (7, 5))
+    for b, (rows, columns) in enumerate(sizes):
+        valid[b, :rows, :columns] = True
+    scores = net(torch.where(valid[:, None], x, torch.inf), valid)
+    for b, (rows, columns) in enumerate(sizes):
+        torch.testing.assert_close(scores[b], net(x[b : b + 1, :, :rows, :columns])[0], rtol=1e-9, atol=1e-10)
+
+
+def test_padding_does_not_count_in_training():
+    """What lies in the padding, and how much of it there is, changes no score and no statistic."""
+    found = []
+    x, valid = torch.randn(4, 2, 40, dtype=torch.float64), torch.arange(40) < torch.tensor([30, 23, 9, 17])[:, None]
+    for end, filled in ((40, 100.0), (40, torch.nan), (30, 0.0), (33, -1.0)):
+        torch.manual_seed(0)
+        net = random(backbone(PADDED[1], img_size=(40,), in_chans=2, strides=(2, 1, 2, 1))).train()
+        padded = x.masked_fill(~valid[:, None], filled)
+        scores = net(padded[..., :end], valid[:, :end])
+        found.append([scores.detach(), *[b.clone() for b in net.buffers()]])
+    for other in found[1:]:
+        for one, same in zip(found[0], other, strict=True):
+            torch.testing.assert_close(one, same, rtol=1e-9, atol=1e-10)
+
+
+def test_without_padding_valid_changes_nothing_in_training():
+    x, found = torch.randn(4, 2, 40, dtype=torch.float64), []
+    for valid in (None, torch.ones(4, 40, dtype=torch.bool)):
+        torch.manual_seed(0)
+        net = random(backbone(PADDED[1], img_size=(40,), in_chans=2)).train()
+        scores = net(x, valid)
+        grads = torch.autograd.grad(scores.square().sum(), list(net.parameters()))
+        found.append([scores, *grads, *net.buffers()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
+
+
+def test_valid_has_the_shape_of_the_samples():
+    net = backbone("C-T", img_size=(24,))
+    with pytest.raises(ValueError, match=r"Backbone: valid has shape \(2, 12\).*needs \(2, 24\)"):
+        net(torch.randn(2, 1, 24), torch.ones(2, 12, dtype=torch.bool))
+    holes = torch.ones(2, 24, dtype=torch.bool)
+    holes[1, 4:8] = False
+    with pytest.raises(ValueError, match="LSTM: valid has padding before a real token"):
+        backbone("LSTM(bidirectional=True)", img_size=(24,))(torch.randn(2, 1, 24), holes)
+
+
+def random(net):
+    """In float64, with every parameter and statistic random."""
+    net = net.double()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        for name, buffer in net.named_buffers():
+            if name.endswith("var"):
+                buffer.uniform_(0.5, 1.5)
+            elif buffer.is_floating_point():
+                buffer.normal_(std=0.3)
+    return net
 
 
 # planted by scripts/mutate

@@ -5,13 +5,15 @@ B samples, *S their grid, H W (pixels or tokens of images) or T (samples or toke
 
 import difflib
 import inspect
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from glocal.blocks import Block, MBConv
+from glocal.arguments import check_valid
+from glocal.blocks import Block, MBConv, mean_of, normed, strided
 from glocal.operator import undecayed_parts
 from glocal.spec import available, build
 
@@ -108,7 +110,9 @@ class Backbone(nn.Module):
         layout: One entry a stage; see `parse_layout`.
         in_chans: Channels of an image.
         num_classes: Number of scores.
-        img_size: Pixels a side or (height, width) that relative-position tables are made for; (length,) for signals.
+        img_size: Pixels a side or (height, width) that relative-position tables are made for; for signals their
+            length, as (length,) or with rank=1.
+        rank: 2 for images, 1 for signals; what img_size says by default.
         dims: Width of every stage.
         depths: Blocks in every stage.
         strides: Stride of every stage; `default_strides` if not given.
@@ -139,6 +143,7 @@ class Backbone(nn.Module):
         in_chans: int,
         num_classes: int,
         img_size: int | Sequence[int],
+        rank: int | None = None,
         dims: Sequence[int] | None = None,
         depths: Sequence[int] | None = None,
         strides: Sequence[int] | None = None,
@@ -153,8 +158,10 @@ class Backbone(nn.Module):
     ):
         super().__init__()
         entries = parse_layout(layout)
-        grid = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-        if len(grid) not in (1, 2) or min(grid) < 1:
+        if rank not in (None, 1, 2):
+            raise ValueError(f"rank is {rank}; it must be 2 (images) or 1 (signals)")
+        grid = (img_size,) * (rank or 2) if isinstance(img_size, int) else tuple(img_size)
+        if len(grid) not in (1, 2) or min(grid) < 1 or len(grid) != (rank or len(grid)):
             raise ValueError(f"img_size is {img_size}; it must be (height, width) or, for signals, (length,)")
         dims = default_dims(len(entries)) if dims is None else tuple(dims)
         depths = (1,) * len(entries) if depths is None else tuple(depths)
@@ -189,30 +196,47 @@ class Backbone(nn.Module):
                     blocks.append(Block(dim, mixer, mixer_dim=mixer_dim, **place | block))
                 dim = dims[i]
             reduction *= strides[i]
-            stages.append(nn.Sequential(*blocks))
+            stages.append(Stage(*blocks))
             self.feature_info.append({"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"})
         self.stages = nn.ModuleList(stages)
         self.head = Head(dim, num_classes)
 
-    def features(self, x: torch.Tensor) -> list[torch.Tensor]:
+    def features(self, x: torch.Tensor, valid: torch.Tensor | None = None) -> list[torch.Tensor]:
         """The output of every stage, [B, H_i, W_i, C_i] or [B, T_i, C_i]: channels last, as all tokens here.
 
         Args:
             x: Images [B, in_chans, H, W] or signals [B, in_chans, T].
+            valid: As in `forward`. Of a stage's tokens those are real that `valid` is True of at every
+                `reduction`-th pixel.
         """
-        x = self.stem(x)
         outputs = []
+        x, valid = self._stem(x, valid)
         for stage in self.stages:
-            x = stage(x)
+            x, valid = stage(x, valid), strided(valid, stage.stride)
             outputs.append(x)
         return outputs
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Class scores [B, num_classes] of images [B, in_chans, H, W] or signals [B, in_chans, T]."""
-        x = self.stem(x)
+    def forward(self, x: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+        """Class scores [B, num_classes] of images [B, in_chans, H, W] or signals [B, in_chans, T].
+
+        Args:
+            x: Images or signals of one size, smaller ones padded at their ends with anything.
+            valid: bool [B, H, W] or [B, T], True at real pixels or samples: those from the first up to the
+                sample's own size. Scores are then those of each sample alone; in training, batch norms count real
+                tokens only.
+
+        Raises:
+            ValueError: `valid` of another shape, or an operator that would let padding through, which says so.
+        """
+        x, valid = self._stem(x, valid)
         for stage in self.stages:
-            x = stage(x)
-        return self.head(x)
+            x, valid = stage(x, valid), strided(valid, stage.stride)
+        return self.head(x, valid)
+
+    def _stem(self, x: torch.Tensor, valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if valid is not None:
+            valid = check_valid("Backbone", valid, (x.shape[0], *x.shape[2:]))
+        return self.stem(x, valid), strided(valid, 2)
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay leaves alone, besides those of one axis; timm's optimizers ask."""
@@ -228,6 +252,20 @@ class Backbone(nn.Module):
             "positions": any(getattr(part, "position_bias", False) for part in self.stages.modules()),
         }
         return tuple(name for name, changes in there.items() if changes)
+
+
+class Stage(nn.Sequential):
+    """Blocks one after the other, each told which of its tokens are real."""
+
+    @property
+    def stride(self) -> int:
+        """Of all blocks together."""
+        return math.prod(block.stride for block in self)
+
+    def forward(self, x: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+        for block in self:
+            x, valid = block(x, valid), strided(valid, block.stride)
+        return x
 
 
 class Stem(nn.Module):
@@ -246,27 +284,31 @@ class Stem(nn.Module):
         self.act = nn.GELU()
         self.conv2 = nn.Conv2d(dim, dim, kernel, padding=padding, bias=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
         if x.ndim != self.rank + 2:
             needed = "signals [B, C, T]" if self.rank == 1 else "images [B, C, H, W]"
             raise ValueError(f"x has shape {tuple(x.shape)}; this network takes {needed}: see img_size")
+        x = x if valid is None else x.masked_fill(~valid[:, None], 0)  # the convolution's own padding
+        valid = strided(valid, 2)
         x = x[:, :, None] if self.rank == 1 else x
         # In channels_last memory the output is already laid out as tokens.
         x = x.contiguous(memory_format=torch.channels_last)
-        x = self.conv2(self.act(self.norm1(self.conv1(x)))).movedim(1, -1)
+        x = self.act(normed(self.norm1, self.conv1(x), valid))
+        x = x if valid is None else x.masked_fill(~valid.view(len(x), 1, *x.shape[2:]), 0)
+        x = self.conv2(x).movedim(1, -1)
         return x[:, 0] if self.rank == 1 else x
 
 
 class Head(nn.Module):
-    """Mean over the grid, LN, linear map: [B, *S, dim] -> [B, num_classes]."""
+    """Mean over the grid's real tokens, LN, linear map: [B, *S, dim] -> [B, num_classes]."""
 
     def __init__(self, dim: int, num_classes: int):
         super().__init__()
         self.norm = nn.LayerNorm(dim)
         self.fc = nn.Linear(dim, num_classes)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(self.norm(x.flatten(1, -2).mean(1)))
+    def forward(self, x: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+        return self.fc(self.norm(mean_of(x, valid)))
 
 
 def _mixer(entry: str, dim: int, out_dim: int, grid: tuple[int, ...], positions: bool) -> tuple[nn.Module, int]:
@@ -276,6 +318,7 @@ def _mixer(entry: str, dim: int, out_dim: int, grid: tuple[int, ...], positions:
     if not positions:
         context["position_bias"] = False
     mixer = build(spec, out_dim, out_dim=out_dim, **context)
+    _fits_a_block(mixer, entry, len(grid))
     mixer_dim = out_dim
     widens = "out_dim" in inspect.signature(type(mixer)).parameters
     if dim != out_dim and widens:  # as CoAtNet's attention does in the first block of a stage
@@ -286,3 +329,19 @@ def _mixer(entry: str, dim: int, out_dim: int, grid: tuple[int, ...], positions:
     if not positions and any(getattr(part, "position_bias", False) for part in mixer.modules()):
         raise ValueError(f"{entry}: asks for a position bias, positions=False takes it away; leave one of them out")
     return mixer, mixer_dim
+
+
+def _fits_a_block(mixer: nn.Module, entry: str, rank: int) -> None:
+    """Refuses an operator that a block could not call, or whose output it could not add."""
+    name = type(mixer).__name__
+    if getattr(mixer, "needs_source", False):
+        raise ValueError(
+            f"{name}: reads a source besides its tokens, and a layout has none; {entry} cannot be an entry"
+        )
+    own = getattr(mixer, "rank", None)
+    if own not in (None, rank):
+        raise ValueError(f"{name}: works on grids of rank {own}, this network's have rank {rank}: see img_size")
+    out_grid = getattr(mixer, "out_grid", None)
+    some = (4,) * rank
+    if out_grid is not None and getattr(mixer, "stride", 1) == 1 and tuple(out_grid(some)) != some:
+        raise ValueError(f"{name}: makes a grid of {tuple(out_grid(some))} of {some}; an entry keeps the grid: {entry}")

@@ -1,6 +1,7 @@
 """Blocks: what a stage of a network is made of. Tokens in, tokens out, channels last.
 
-B images, *S the grid (H W or T), C channels.
+B images, *S the grid (H W or T), C channels. `valid`, bool [B, *S], is True at real tokens: of each image a prefix of
+every axis. Real tokens get what they would get without the padding, those of a smaller grid too (`strided`).
 """
 
 from typing import Literal
@@ -32,13 +33,24 @@ class Pool(nn.Module):
         self.stride = stride
         self.kind = kind
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Pool [B, H, W, C] or [B, T, C]."""
+    def forward(self, x: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+        """Pool [B, H, W, C] or [B, T, C]; a window pools its real tokens."""
         if self.stride == 1:
             return x
         if x.ndim == 3:
-            return self._pool(x[:, None], (1, self.stride))[:, 0]
-        return self._pool(x, (self.stride, self.stride))
+            return self._image(x[:, None], None if valid is None else valid[:, None], (1, self.stride))[:, 0]
+        return self._image(x, valid, (self.stride, self.stride))
+
+    def _image(self, x: torch.Tensor, valid: torch.Tensor | None, window: tuple[int, int]) -> torch.Tensor:
+        """Pool [B, H, W, C] in windows of this size; one without a real token gives 0."""
+        if valid is None:
+            return self._pool(x, window)
+        real = valid[..., None]
+        if self.kind == "max":
+            some = self._pool(real.to(x.dtype), window)
+            return self._pool(x.masked_fill(~real, torch.finfo(x.dtype).min), window) * some
+        share = F.avg_pool2d(real.to(x.dtype).movedim(-1, 1), window, ceil_mode=True, count_include_pad=False)
+        return self._pool(x.masked_fill(~real, 0), window) / share.movedim(1, -1).clamp(min=1e-6)
 
     def _pool(self, x: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
         x = x.movedim(-1, 1)  # a channels_last view, no copy
@@ -63,8 +75,8 @@ class Shortcut(nn.Module):
         self.pool = Pool(stride, pool)
         self.expand = nn.Linear(dim, out_dim) if dim != out_dim else nn.Identity()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.expand(self.pool(x))
+    def forward(self, x: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+        return self.expand(self.pool(x, valid))
 
 
 class DropPath(nn.Module):
@@ -192,10 +204,12 @@ class Block(nn.Module):
         self.ls2 = _layer_scale(out_dim, layer_scale if mlp else None)
         self.drop_path2 = _drop_path(drop_path, skip)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        skip = None if self.shortcut is None else self.shortcut(x)
-        inner = self.expand(self.pool(self.norm1(x)))
-        mixed = self.mixer(inner)
+    def forward(self, x: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+        """Tokens [B, *S, dim]; `valid` [B, *S] is about them, and the mixer is told which of its own are real."""
+        skip = _skip(self.shortcut, x, valid)
+        inner = self.norm1(x)
+        inner = self.expand(inner if self.stride == 1 else self.pool(inner, valid))
+        mixed = self.mixer(inner) if valid is None else self.mixer(inner, valid=strided(valid, self.stride))
         needed = (*inner.shape[:-1], self.out_dim)
         if mixed.shape != needed:  # addition would broadcast a wrong grid of 1 x 1 in silence
             raise ValueError(
@@ -221,8 +235,8 @@ class SqueezeExcite(nn.Module):
         self.fc1 = nn.Conv2d(dim, hidden_dim, 1)
         self.fc2 = nn.Conv2d(hidden_dim, dim, 1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate = x.mean((2, 3), keepdim=True)
+    def forward(self, x: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+        gate = x.mean((2, 3), keepdim=True) if valid is None else mean_of(x.movedim(1, -1), valid)[:, :, None, None]
         return x * self.fc2(F.silu(self.fc1(gate))).sigmoid()
 
 
@@ -294,16 +308,48 @@ class MBConv(nn.Module):
         self.ls = _layer_scale(out_dim, layer_scale)
         self.drop_path = _drop_path(drop_path, skip)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
         if x.ndim != self.rank + 2:
             raise ValueError(f"MBConv: x has shape {tuple(x.shape)}; a block of rank {self.rank} takes [B, *S, C]")
-        skip = None if self.shortcut is None else self.shortcut(x)
-        x = self.pre_norm(_planes(x))
-        x = F.gelu(self.norm1(self.conv1_1x1(x)))
-        x = _planes(self.conv2_kxk(_tokens(x, self.rank)))
-        x = F.gelu(self.norm2(x))
-        x = self.conv3_1x1(self.se(x))
+        skip = _skip(self.shortcut, x, valid)
+        x = normed(self.pre_norm, _planes(x), valid)
+        valid = strided(valid, self.conv1_1x1.stride[0])
+        x = F.gelu(normed(self.norm1, self.conv1_1x1(x), valid))
+        x = _planes(self.conv2_kxk(_tokens(x, self.rank), valid=valid))
+        valid = strided(valid, self.conv2_kxk.stride)
+        x = F.gelu(normed(self.norm2, x, valid))
+        x = self.conv3_1x1(self.se(x, None if valid is None else valid.view(len(x), *x.shape[2:])))
         return _joined(skip, self.drop_path(self.ls(_tokens(x, self.rank))))
+
+
+def strided(valid: torch.Tensor | None, stride: int) -> torch.Tensor | None:
+    """Which tokens are real after a stride: [B, *S] -> [B, *ceil(S / stride)]."""
+    return None if valid is None else valid[(slice(None), *(slice(None, None, stride),) * (valid.ndim - 1))]
+
+
+def normed(norm: nn.Module, x: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """Batch norm of [B, C, H, W]; in training the statistics are those of real tokens, and padding comes out 0."""
+    if valid is None or not norm.training:
+        return norm(x)
+    valid = valid.view(len(x), *x.shape[2:])
+    tokens = x.movedim(1, -1)
+    real = norm(tokens[valid][..., None, None])[..., 0, 0]
+    return torch.zeros_like(tokens, dtype=real.dtype).index_put((valid,), real).movedim(-1, 1)
+
+
+def mean_of(x: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """The mean over the real tokens of [B, *S, C]: [B, C]; 0 where there is none."""
+    x = x.flatten(1, -2)
+    if valid is None:
+        return x.mean(1)
+    real = valid.flatten(1)[..., None]
+    return x.masked_fill(~real, 0).sum(1) / real.sum(1).clamp(min=1)
+
+
+def _skip(shortcut: nn.Module | None, x: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor | None:
+    if shortcut is None:
+        return None
+    return shortcut(x, valid) if isinstance(shortcut, Shortcut) else shortcut(x)
 
 
 def _planes(x: torch.Tensor) -> torch.Tensor:
