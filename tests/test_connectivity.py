@@ -9,7 +9,11 @@ from glocal.analysis.connectivity import Connectivity, connections, connectivity
 
 FAULTS = (
     ("everything is read", "found.abs().amax((0, 2, 4)) > SAME", "found.abs().amax((0, 2, 4)) >= 0"),
-    ("weights are not held still", "operator.weights(x) if isinstance(operator, TokenMixer) else None", "None"),
+    (
+        "weights are not held still",
+        "operator.weights(x, **operator.besides(x)) if isinstance(operator, TokenMixer) else None",
+        "None",
+    ),
     ("the second image is the first", "_rows_of(call, x[b : b + 1])", "_rows_of(call, x[:1])"),
     ("the second image has the weights of the first", "_held(operator, held, b)", "_held(operator, held, 0)"),
     ("borders count", "if bool(both.any()):", "if False:"),

@@ -35,6 +35,8 @@ def test_same_numbers_as_on_the_cpu(spec, dtype, relative):
 @pytest.mark.parametrize("spec", contract.examples())
 def test_compiled(spec):
     mixer, x, expected = on_gpu(spec, torch.float32)
+    if "compiles" in mixer.exempt:
+        pytest.skip(mixer.exempt["compiles"])
     torch._dynamo.reset()
     found = with_grads(mixer, torch.compile(mixer, fullgraph=True), x)
     largest = expected["the output"].abs().max().item()

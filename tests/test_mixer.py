@@ -142,10 +142,10 @@ def test_autocast_keeps_paths_together(name):
     """Under autocast to bfloat16 the fast path runs and stays near the definition in float32."""
     spec = getattr(glocal.mixers, name).examples[0]
     m = glocal.build(spec, 32).eval()
-    x = torch.randn(2, 8, 8, 32)
+    x = torch.randn(2, *[8] * (m.rank or 2), 32)
     with torch.autocast("cpu", torch.bfloat16):
-        out = m(x)
-    expected = m.reference(x)
+        out = m(x, **m.besides(x))
+    expected = m.reference(x, **m.besides(x))
     assert (out.float() - expected).abs().max() <= 0.05 * expected.abs().max()
 
 
@@ -198,15 +198,15 @@ def test_transforms_of_torch_func(name):
     """Per-sample gradients by vmap are those of one sample after the other."""
     m = glocal.build(getattr(glocal.mixers, name).examples[0], 32).double().eval()
     parameters = {name: p.detach() for name, p in m.named_parameters()}
-    x = torch.randn(3, 4, 4, 32, dtype=torch.float64)
+    x = torch.randn(3, *[4] * (m.rank or 2), 32, dtype=torch.float64)
 
     def loss(x):
-        return torch.func.functional_call(m, parameters, (x[None],)).square().sum()
+        return torch.func.functional_call(m, parameters, (x[None],), m.besides(x[None])).square().sum()
 
     each = torch.func.vmap(torch.func.grad(loss))(x)
     for one, image in zip(each, x, strict=True):
         image = image.clone().requires_grad_()
-        m(image[None]).square().sum().backward()
+        m(image[None], **m.besides(image[None])).square().sum().backward()
         torch.testing.assert_close(one, image.grad)
 
 

@@ -197,7 +197,7 @@ def test_every_operator_compiles_by_itself_in_one_process():
     for spec in contract.examples()[:12]:
         m = glocal.build(spec, 32).eval()
         x = torch.randn(2, *[8] * (m.rank or 2), 32)
-        torch.compile(m, backend="eager", fullgraph=True)(x)
+        torch.compile(m, backend="eager", fullgraph=True)(x, **m.besides(x))
     torch._dynamo.reset()
 
 

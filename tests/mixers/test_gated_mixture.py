@@ -275,6 +275,10 @@ def test_every_operator_can_be_a_part(build, tokens, spec):
     """With the gate shut the weights are its own, and every parameter that it keeps makes them."""
     part = build(spec, 32)
     x = tokens(2, *(7, 5)[: part.rank or 2], 32)
+    if part.needs_source:
+        with pytest.raises(ValueError, match="source is not given"):
+            glocal.mixers.GatedMixture(32, a=part, b=part).double()(x)
+        return
     own = part.weights(x)
     if 32 % own.num_groups:
         with pytest.raises(ValueError, match="does not divide 32 channels"):

@@ -108,7 +108,12 @@ def test_torch_weights_load_by_their_names(layers):
     mixer = glocal.build(spec_of(**layers), DIM)
     rnn = mixer.rnn
     theirs = nn.GRU(
-        DIM, rnn.hidden_size, rnn.num_layers, bias=rnn.bias, batch_first=True, bidirectional=rnn.bidirectional
+        DIM,
+        rnn.hidden_size,
+        rnn.num_layers,
+        bias=layers.get("bias", True),
+        batch_first=True,
+        bidirectional=rnn.bidirectional,
     )
     mixer.rnn.load_state_dict(theirs.state_dict())
     x = torch.randn(3, 9, DIM)
