@@ -53,10 +53,11 @@ def peak_bytes(run) -> int:
 def measure(mixer: nn.Module, path: str, x: torch.Tensor) -> int:
     """Peak of one forward and backward, gradients of the input and of all parameters included."""
     call = mixer if path == "default" else mixer.reference
-    upstream = torch.ones_like(call(x))
+    also = mixer.besides(x.detach())
+    upstream = torch.ones_like(call(x, **also))
 
     def run() -> None:
-        torch.autograd.grad(call(x), [x, *mixer.parameters()], upstream)
+        torch.autograd.grad(call(x, **also), [x, *mixer.parameters()], upstream)
 
     run()
     return peak_bytes(run)
@@ -76,8 +77,10 @@ def main() -> None:
     print("|---|---:|---:|---:|---:|---:|---:|")
     for text in specs:
         mixer = glocal.build(text.format(grid=grid), given.dim).eval()
+        if mixer.rank == 1 or not isinstance(mixer, glocal.TokenMixer):  # no images, or no weights
+            continue
         x = torch.randn(1, *grid, given.dim, requires_grad=True)
-        weights = math.prod(mixer.weights(x).weights.shape) * 4
+        weights = math.prod(mixer.weights(x, **mixer.besides(x)).weights.shape) * 4
         needed = x.numel() * 4 + weights
         default, definition = (measure(mixer, path, x) for path in ("default", "reference"))
         sizes = f"{x.numel() * 4 / MIB:.2f} | {weights / MIB:.2f}"

@@ -141,7 +141,7 @@ class Operator(nn.Module, ABC):
             value = tuple(value) if isinstance(value, list) else value
             if isinstance(value, tuple) and isinstance(parameter.default, int) and len({*value}) == 1:
                 value = value[0]  # 3 and (3, 3) are one kernel
-            if value != parameter.default and not (name == "out_dim" and value == self.dim):
+            if value != parameter.default and not (name in ("out_dim", "source_dim") and value == self.dim):
                 shown.append(f"{name}={value!r}")
         return f"{self.defined_in}{type(self).__name__}({', '.join(shown)})"
 

@@ -166,7 +166,9 @@ def test_an_adapted_projection_is_called(build, tokens):
 
 
 def test_places_and_parameters(build, tokens):
+    assert repr(build(spec_of(source_dim=DIM), DIM)) == "CrossAttention(num_heads=2)"
     mixer = build(spec_of(qkv_bias=False), DIM)
+    assert repr(mixer) == "CrossAttention(num_heads=2, source_dim=6, qkv_bias=False)"
     found = mixer.weights(tokens(2, 3, 2, DIM), tokens(2, 2, 4, WIDTH))
     assert found.dense().shape == (2, HEADS, 6, 8)
     assert (found.out_grid, found.source_grid) == ((3, 2), (2, 4))
