@@ -90,16 +90,17 @@ def by_parts(mixer):
         v = mixer.v(x)
         v = v if valid is None else v * valid[..., None]
         of_a = attention_of(mixer.a, x, valid)(v.flatten(1, -2)).view(x.shape)
-        of_b = F.conv2d(v.movedim(-1, 1), mixer.b.weight, padding=1, groups=DIM).movedim(1, -1)
+        convolve = F.conv2d if x.dim() == 4 else F.conv1d
+        of_b = convolve(v.movedim(-1, 1), mixer.b.weight, padding=1, groups=DIM).movedim(1, -1)
         gate = 1 / (1 + (-mixer.gate).exp())  # as many heads as channels, since the convolution has
         return mixer.proj((1 - gate) * of_a + gate * of_b)
 
     return oracle
 
 
-@pytest.mark.parametrize("grid", [(3, 4), (1, 5), (1, 1)])
+@pytest.mark.parametrize("grid", [(3, 4), (1, 5), (1, 1), (7,), (1,)])
 def test_attention_and_convolution(build, check, tokens, grid):
-    mixer = build(ATTENTION_AND_CONV, DIM)
+    mixer = build(ATTENTION_AND_CONV, DIM, rank=len(grid))
     check(mixer, by_parts(mixer), tokens(2, *grid, DIM))
 
 

@@ -73,8 +73,8 @@ def by_loop(mixer, attend, places, after_softmax=False):
         table = resized(mixer.relative_position_bias_table, grid)
 
         def bias(i, j):
-            (row, column), (source_row, source_column) = where[i], where[j]
-            return table[:, row - source_row + grid[0] - 1, column - source_column + grid[1] - 1]
+            offset = [query - source + n - 1 for query, source, n in zip(where[i], where[j], grid, strict=True)]
+            return table[(slice(None), *offset)]
 
         q, k, v = mixer.qkv(x).reshape(batch, len(where), 3, HEADS, -1).unbind(2)
         if not after_softmax:
@@ -98,6 +98,10 @@ SIZES = [  # grid the table is made for, grid
     ((2, 5), (5, 2)),
     ((4, 3), (1, 6)),
     ((1, 1), (2, 3)),
+    ((5,), (5,)),
+    ((4,), (7,)),
+    ((6,), (3,)),
+    ((1,), (4,)),
 ]
 
 
