@@ -11,7 +11,6 @@ from .small_study import config, folders, row
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
-
 OPERATOR = """
 import torch
 from torch import nn

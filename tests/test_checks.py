@@ -57,8 +57,6 @@ def branch(out):
 
 
 POOLING, CAUSAL = "AveragePooling()", "SelfAttention(num_heads=2, causal=True)"
-
-
 BROKEN = {  # check -> spec, and what breaks its promise
     "forward_equals_definition": (POOLING, fast(lambda out: out + 1e-6)),
     "empty_batch": (POOLING, fast(lambda out: out + 0 * out[0])),

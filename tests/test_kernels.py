@@ -10,11 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from glocal.kernels import gathered_scores, gathered_sum, local_sum
 
 B, N, M, G, D, K = 2, 4, 5, 2, 3, 3
-
-
 INDEX = torch.tensor([[0, 4, -1], [2, 2, 1], [-1, -1, -1], [3, 0, 4]])
-
-
 INDICES = (INDEX[None], torch.stack([INDEX, INDEX.flip(0)]))
 
 
