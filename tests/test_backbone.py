@@ -401,14 +401,32 @@ def random(net):
 
 
 # planted by scripts/mutate
-FAULTS = (
-    ("the MLP ratio passes convolution blocks by", '{"expand_ratio": mlp_ratio, "rank"', '{"rank"'),
-    ("every block drops at the full rate", '"drop_path": next(rates)}', '"drop_path": drop_path}'),
-    ("operators keep their positions", 'context["position_bias"] = False', "pass"),
-    (
-        "an ablation of positions is said to change convolutions",
-        'any(getattr(part, "position_bias", False) for part in self.stages.modules())',
-        "bool(blocks)",
+FAULTS = {
+    "backbone.py": (
+        ("the MLP ratio passes convolution blocks by", '{"expand_ratio": mlp_ratio, "rank"', '{"rank"'),
+        ("every block drops at the full rate", '"drop_path": next(rates)}', '"drop_path": drop_path}'),
+        ("operators keep their positions", 'context["position_bias"] = False', "pass"),
+        (
+            "an ablation of positions is said to change convolutions",
+            'any(getattr(part, "position_bias", False) for part in self.stages.modules())',
+            "bool(blocks)",
+        ),
+        ("the stem of signals is padded in height", "((1, 3), (0, 1))", "((1, 3), (1, 1))"),
+        (
+            "a stage is not told of padding",
+            "x, valid = block(x, valid), strided(valid, block.stride)",
+            "x, valid = block(x, None), strided(valid, block.stride)",
+        ),
+        (
+            "the stem's second convolution reads what the first made of padding",
+            "x = x if valid is None else x.masked_fill(~valid.view(len(x), 1, *x.shape[2:]), 0)",
+            "x = x",
+        ),
+        ("the head's mean counts padding", "self.norm(mean_of(x, valid))", "self.norm(mean_of(x, None))"),
+        (
+            "an operator that needs a source is taken for an entry",
+            'if getattr(mixer, "needs_source", False):',
+            "if False:",
+        ),
     ),
-    ("the stem of signals is padded in height", "((1, 3), (0, 1))", "((1, 3), (1, 1))"),
-)
+}

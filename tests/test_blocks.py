@@ -286,23 +286,49 @@ def test_mbconv_refuses_another_rank():
 
 
 # planted by scripts/mutate
-FAULTS = (
-    ("stochastic depth does not scale what it keeps", "return x * (kept / (1 - self.rate))", "return x * kept"),
-    (
-        "stochastic depth draws for every token",
-        "x.new_empty(x.shape[0], *[1] * (x.ndim - 1))",
-        "x.new_empty(*x.shape[:-1], 1)",
+FAULTS = {
+    "blocks.py": (
+        ("stochastic depth does not scale what it keeps", "return x * (kept / (1 - self.rate))", "return x * kept"),
+        (
+            "stochastic depth draws for every token",
+            "x.new_empty(x.shape[0], *[1] * (x.ndim - 1))",
+            "x.new_empty(*x.shape[:-1], 1)",
+        ),
+        (
+            "without skip paths the MLP keeps its own",
+            "_joined(None if skip is None else x, self.drop_path2",
+            "_joined(x, self.drop_path2",
+        ),
+        ("without a skip path samples are dropped whole", "drop if skip and rate > 0 else", "drop if rate > 0 else"),
+        (
+            "layer scale is applied to the skip path too",
+            "x = _joined(skip, self.drop_path1(self.ls1(mixed)))",
+            "x = self.ls1(_joined(skip, self.drop_path1(mixed)))",
+        ),
+        ("squeeze-excite takes the maximum", "gate = x.mean((2, 3), keepdim=True)", "gate = x.amax((2, 3), True)"),
     ),
-    (
-        "without skip paths the MLP keeps its own",
-        "_joined(None if skip is None else x, self.drop_path2",
-        "_joined(x, self.drop_path2",
+    ("blocks.py", "test_blocks.py", "test_backbone.py"): (
+        (
+            "batch norm's statistics count padding",
+            "if valid is None or not norm.training:",
+            "if valid is None or True:",
+        ),
+        ("the skip path pools padding", "return shortcut(x, valid) if isinstance", "return shortcut(x) if isinstance"),
+        (
+            "squeeze and excitation counts padding",
+            "mean_of(x.movedim(1, -1), valid)[:, :, None, None]",
+            "mean_of(x.movedim(1, -1), None)[:, :, None, None]",
+        ),
+        (
+            "the mixer is not told of padding",
+            "self.mixer(inner) if valid is None else",
+            "self.mixer(inner) if True else",
+        ),
+        ("a window of padding pools the lowest number", "window) * some", "window)"),
+        (
+            "what is real after a stride is shifted",
+            "slice(None, None, stride),) * (valid.ndim - 1)",
+            "slice(stride - 1, None, stride),) * (valid.ndim - 1)",
+        ),
     ),
-    ("without a skip path samples are dropped whole", "drop if skip and rate > 0 else", "drop if rate > 0 else"),
-    (
-        "layer scale is applied to the skip path too",
-        "x = _joined(skip, self.drop_path1(self.ls1(mixed)))",
-        "x = self.ls1(_joined(skip, self.drop_path1(mixed)))",
-    ),
-    ("squeeze-excite takes the maximum", "gate = x.mean((2, 3), keepdim=True)", "gate = x.amax((2, 3), True)"),
-)
+}

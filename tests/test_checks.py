@@ -180,8 +180,8 @@ FAULTS = {
         ),
         (
             "weights above the diagonal and later tokens are not looked at",
-            'if not getattr(mixer, "causal", False):',
-            'if getattr(mixer, "causal", False):',
+            'return bool(getattr(mixer, "causal", False))',
+            "return False",
         ),
         (
             "one of the checks runs on no grid",

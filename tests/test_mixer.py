@@ -215,8 +215,8 @@ FAULTS = {
     "mixer.py": (
         (
             "asking for weights moves the cache on",
-            "        return self._joined[name]",
-            "        self._past[name] = self._joined[name]\n        return self._joined[name]",
+            "        return joined\n",
+            "        self._past[name] = self._next[name]\n        return joined\n",
         ),
         (
             "looks join the caller's cache, so that its next commit takes what was only looked at",
@@ -224,9 +224,13 @@ FAULTS = {
             "return call",
         ),
         ("two layers may share a cache", "elif self._owner != id(mixer):", "elif False:"),
-        ("another layer may look into a cache", "dict(self._past), self._owner", "dict(self._past), None"),
+        (
+            "another layer may look into a cache",
+            "dict(self._past), self._length, self._owner",
+            "dict(self._past), self._length, None",
+        ),
         ("transforms of torch.func go through the fast path", "torch._C._are_functorch_transforms_active():", "False:"),
-        ("the fast path forgets to move the cache on", "            cache.commit()", "            pass"),
+        ("the fast path forgets to move the cache on", "            cache.commit(self._brought(x, call))", "            pass"),
         ("a forced fast path falls back in silence", 'if self.impl == "fast":', 'if self.impl == "never":'),
         (
             "a call with an argument that only the definition takes is answered by the fast path",
@@ -243,7 +247,7 @@ FAULTS = {
     ),
     ("mixer.py", "mixers/test_self_attention.py"): (
         ("a cache puts new tokens before old ones", "torch.cat([past, new], dim=1)", "torch.cat([new, past], dim=1)"),
-        ("the definition forgets to move the cache on", 'call["cache"].commit()', "pass"),
+        ("the definition forgets to move the cache on", 'call["cache"].commit(self._brought(x, call))', "pass"),
     ),
     ("mixer.py", "test_contract.py -k='declared_cost or shapes_are_refused or query_subset'"): (
         (

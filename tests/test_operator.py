@@ -271,7 +271,7 @@ FAULTS = {
         ),
         (
             "what is infinite or NaN in the padding of a source reaches real tokens",
-            'call["source"] = finite_outside(source, valid)',
+            'call["source"] = finite_outside(source, valid[:, past:])',
             'call["source"] = source',
         ),
         (

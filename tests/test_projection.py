@@ -56,8 +56,8 @@ FAULTS = {
         ),
         (
             "channels of a head lie apart",
-            "out.unflatten(-1, (self.num_heads, -1))",
-            "out.unflatten(-1, (-1, self.num_heads)).transpose(-1, -2)",
+            "self.out_dim).unflatten(-1, (self.num_heads, -1))",
+            "self.out_dim).unflatten(-1, (-1, self.num_heads)).transpose(-1, -2)",
         ),
         ("keys are taken for values", "return self.heads(source, 2)", "return self.heads(source, 1)"),
         (
@@ -67,9 +67,9 @@ FAULTS = {
         ),
     ),
     "mixers/_attention.py": (
-        ("an adapted projection is not called", "if type(self.qkv) is nn.Linear and not ", "if not "),
-        ("a projection's hooks are not called", " and not self.qkv._forward_hooks", ""),
-        ("a projection's hooks on what goes in are not called", " and not self.qkv._forward_pre_hooks", ""),
+        ("an adapted projection is not called", "if type(projection) is nn.Linear and not ", "if not "),
+        ("a projection's hooks are not called", " and not projection._forward_hooks", ""),
+        ("a projection's hooks on what goes in are not called", " and not projection._forward_pre_hooks", ""),
     ),
     (
         "mixers/_focal.py",

@@ -183,29 +183,43 @@ def test_places_and_parameters(build, tokens):
 
 
 # planted by scripts/mutate
-FAULTS = (
-    ("scores are not scaled", "tokens[:, queries]) * self.scale", "tokens[:, queries])"),
-    ("keys get no positions", "add_position(source, source_pos_embed)", "add_position(source, None)"),
-    ("queries get no positions", "add_position(x, pos_embed)", "add_position(x, None)"),
-    (
-        "padding of the source takes part in the softmax",
-        "return None if valid is None else valid.flatten(1)[:, None, None]",
-        "return None",
+FAULTS = {
+    "mixers/cross_attention.py": (
+        ("scores are not scaled", "tokens[:, queries]) * self.scale", "tokens[:, queries])"),
+        ("keys get no positions", "add_position(source, source_pos_embed)", "add_position(source, None)"),
+        ("queries get no positions", "add_position(x, pos_embed)", "add_position(x, None)"),
+        (
+            "padding of the source takes part in the softmax",
+            "return None if valid is None else valid.flatten(1)[:, None, None]",
+            "return None",
+        ),
+        (
+            "keys are not remembered",
+            "return q, k if cache is None else cache.join",
+            "return q, cache is None or cache.join",
+        ),
+        (
+            "the values' half of the projection is the keys'",
+            "part_of(self.kv, source.flatten(1, -2), 1, self.dim)",
+            "part_of(self.kv, source.flatten(1, -2), 0, self.dim)",
+        ),
+        ("positions of a subset are those of all", "places[queries], (len(queries),)", "places, (len(queries),)"),
+        (
+            "a source on a grid follows what is remembered",
+            "len(cache) and source.dim() != 3",
+            "len(cache) and source.dim() == 0",
+        ),
     ),
-    (
-        "keys are not remembered",
-        "return q, k if cache is None else cache.join",
-        "return q, cache is None or cache.join",
+    "mixers/_attention.py": (
+        (
+            "queries with another source are placed on its grid",
+            "nowhere = x.new_full((math.prod(x.shape[1:-1]), len(grid)), math.nan, dtype=torch.float32)",
+            "nowhere = grid_positions(x.shape[1:-1], device=x.device)",
+        ),
+        (
+            "what a cache remembers of another source has no place",
+            "grid = tuple(source.shape[1:-1]) if not past else",
+            "grid = tuple(source.shape[1:-1]) if True else",
+        ),
     ),
-    (
-        "the values' half of the projection is the keys'",
-        "part_of(self.kv, source.flatten(1, -2), 1, self.dim)",
-        "part_of(self.kv, source.flatten(1, -2), 0, self.dim)",
-    ),
-    ("positions of a subset are those of all", "places[queries], (len(queries),)", "places, (len(queries),)"),
-    (
-        "a source on a grid follows what is remembered",
-        "len(cache) and source.dim() != 3",
-        "len(cache) and source.dim() == 0",
-    ),
-)
+}

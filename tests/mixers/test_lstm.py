@@ -250,10 +250,32 @@ def test_parameters_and_cost():
 REFUSES = ("LSTM: torch",)
 
 # planted by scripts/mutate
-FAULTS = (
-    ("padding is read on the way back", "return self.recur(x, valid, cache)", "return self.recur(x, None, cache)"),
-    ("the state is forgotten", "return self.recur(x, valid, cache)", "return self.recur(x, valid, None)"),
-    ("biases are left out", "out_dim=out_dim, bias=bias", "out_dim=out_dim, bias=False"),
-    ("there is one layer only", "num_layers=num_layers", "num_layers=1"),
-    ("another unit is held", "kind = nn.LSTM", "kind = nn.GRU"),
-)
+FAULTS = {
+    "mixers/lstm.py": (
+        ("padding is read on the way back", "return self.recur(x, valid, cache)", "return self.recur(x, None, cache)"),
+        ("the state is forgotten", "return self.recur(x, valid, cache)", "return self.recur(x, valid, None)"),
+        ("biases are left out", "out_dim=out_dim, bias=bias", "out_dim=out_dim, bias=False"),
+        ("there is one layer only", "num_layers=num_layers", "num_layers=1"),
+        ("another unit is held", "kind = nn.LSTM", "kind = nn.GRU"),
+    ),
+    ("mixers/_recurrent.py", "mixers/test_lstm.py", "mixers/test_gru.py"): (
+        ("padding is read on the way back", "if valid is not None and self.bidirectional and len(x):", "if False:"),
+        ("every call of a cache begins at zero", "zero if state is None else state", "zero"),
+        ("padding may stand anywhere", "late = valid[:, 1:] & ~valid[:, :-1]", "late = valid[:, 1:] & ~valid[:, 1:]"),
+        (
+            "an ended sequence goes on from its padding",
+            "ended is not None and valid is None and bool(ended.any())",
+            "False",
+        ),
+        (
+            "a batch of padding and sequences loses its length",
+            "batch_first=True, total_length=x.shape[1])",
+            "batch_first=True)",
+        ),
+        (
+            "the map to the output's width is left out",
+            "return out if self.proj is None else self.proj(out)",
+            "return out[..., : self.out_dim]",
+        ),
+    ),
+}

@@ -239,35 +239,44 @@ def test_weights_are_one_row_for_each_query(build, tokens):
 
 
 # planted by scripts/mutate
-FAULTS = (
-    (
-        "a causal query does not see itself",
-        "(order <= order[:tokens, None] + past)",
-        "(order < order[:tokens, None] + past)",
+FAULTS = {
+    "mixers/self_attention.py": (
+        (
+            "a causal query does not see itself",
+            "(order <= order[:tokens, None] + past)",
+            "(order < order[:tokens, None] + past)",
+        ),
+        (
+            "new tokens do not see all that a cache remembers",
+            "(order <= order[:tokens, None] + past)",
+            "(order <= order[:tokens, None])",
+        ),
+        (
+            "padding takes part in the softmax",
+            "seen = None if valid is None else valid.flatten(1)[:, None, None]",
+            "seen = None if valid is None else torch.ones_like(valid).flatten(1)[:, None, None]",
+        ),
+        (
+            "keys get no positions without a source",
+            "source_pos_embed = pos_embed if source_pos_embed is None else source_pos_embed",
+            "source_pos_embed = None",
+        ),
+        (
+            "positions of a subset of the queries are those of the first",
+            "places[queries], (len(queries),)",
+            "places[: len(queries)], (len(queries),)",
+        ),
+        (
+            "tokens after a cache are placed at the start",
+            "positions[past:], positions",
+            "positions[: x.shape[1]], positions",
+        ),
     ),
-    (
-        "new tokens do not see all that a cache remembers",
-        "(order <= order[:tokens, None] + past)",
-        "(order <= order[:tokens, None])",
+    "mixers/_attention.py": (
+        (
+            "the fast path spreads a row that sees nothing evenly",
+            "return torch.where(seen.any(-1)[:, 0, :, None], mixed, 0)",
+            "return mixed",
+        ),
     ),
-    (
-        "padding takes part in the softmax",
-        "seen = None if valid is None else valid.flatten(1)[:, None, None]",
-        "seen = None if valid is None else torch.ones_like(valid).flatten(1)[:, None, None]",
-    ),
-    (
-        "keys get no positions without a source",
-        "source_pos_embed = pos_embed if source_pos_embed is None else source_pos_embed",
-        "source_pos_embed = None",
-    ),
-    (
-        "positions of a subset of the queries are those of the first",
-        "places[queries], (len(queries),)",
-        "places[: len(queries)], (len(queries),)",
-    ),
-    (
-        "tokens after a cache are placed at the start",
-        "positions[past:], positions",
-        "positions[: x.shape[1]], positions",
-    ),
-)
+}
