@@ -6,6 +6,7 @@ the promise is kept, a sentence if the operator says in words that it does not a
 """
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -123,16 +124,17 @@ def forward_equals_definition(spec: str, grid: tuple[int, ...]) -> str | None:
 
 
 def empty_batch(spec: str, grid: tuple[int, ...]) -> str | None:
-    """No images in, none out, in training and in evaluation, and no state moves."""
+    """No images in, none out, in training and in evaluation, with padding and without, and no state moves."""
     mixer = random_mixer(spec)
     x = tokens(2, *grid)
     expected = (0, *mixer(x, **mixer.besides(x)).shape[1:])
+    padding = _where_taken(mixer, valid=torch.ones(0, *grid, dtype=torch.bool))
     for training in (False, True):
         mixer.train(training)
         before = copy.deepcopy(mixer.state_dict())
-        for path in (mixer, mixer.reference):
+        for path, call in itertools.product((mixer, mixer.reference), ({}, padding)):
             x = tokens(0, *grid).requires_grad_()
-            out = path(x, **mixer.besides(x))
+            out = path(x, **mixer.besides(x) | call)
             out.sum().backward()
             true(out.shape == expected, f"an empty batch gives shape {tuple(out.shape)}, not {expected}")
         for name, value in mixer.state_dict().items():
@@ -416,7 +418,7 @@ def autocast(spec: str, grid: tuple[int, ...]) -> str | None:
 
 
 def compiles(spec: str, grid: tuple[int, ...]) -> str | None:
-    """torch.compile(fullgraph=True) with aot_eager, forward and backward."""
+    """torch.compile(fullgraph=True) with aot_eager, forward and backward; with padding too, in evaluation."""
     for training in (False, True):
         mixer = random_mixer(spec).train(training)
         x = tokens(2, *grid)
@@ -425,6 +427,12 @@ def compiles(spec: str, grid: tuple[int, ...]) -> str | None:
         expected = with_grads(mixer, mixer, x)
         for name, value in with_grads(mixer, compiled, x).items():
             close(f"{name} of the compiled module", value, expected[name], 1e-6)
+    mixer.eval()
+    valid = torch.zeros(2, *grid, dtype=torch.bool)
+    _corner(valid[0], [n - 1 for n in grid])[...] = True
+    _corner(valid[1], [(n + 1) // 2 for n in grid])[...] = True
+    if call := _where_taken(mixer, valid=valid):
+        close("a padded batch in the compiled module", compiled(x, **call), mixer(x, **call), 1e-6)
     torch._dynamo.reset()
     return None
 
@@ -541,6 +549,17 @@ def _definition_forbidden(mixer: TokenMixer) -> Iterator[None]:
     finally:
         for name in ("reference", "weights", "_weights"):
             delattr(mixer, name)
+
+
+def _where_taken(mixer: Operator, **call: Tensor) -> dict[str, Tensor]:
+    """This part of a call, or nothing where the operator refuses it in words, or it is about another sequence."""
+    if mixer.needs_source:
+        return {}
+    try:
+        mixer(tokens(2, *call["valid"].shape[1:]), valid=torch.ones(2, *call["valid"].shape[1:], dtype=torch.bool))
+    except ValueError:
+        return {}  # `padding_changes_nothing` says which words
+    return call
 
 
 def _no_weights(mixer: Operator) -> str | None:

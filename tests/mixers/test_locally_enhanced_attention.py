@@ -480,8 +480,8 @@ FAULTS = {
         ),
         (
             "tables are resized to the grid's own middle",
-            "(2 * torch.arange(new, device=table.device) + 1) * old - new",
-            "2 * torch.arange(new, device=table.device) * old",
+            "(2 * entry + 1) * old - new",
+            "2 * entry * old",
         ),
     ),
 }

@@ -73,20 +73,20 @@ class _InChunks(torch.autograd.Function):
         return None, None, *(next(left) if n else None for n in needed)
 
 
-def resized(table: Tensor, length: int, within: int) -> Tensor:
-    """[L, C] resized linearly to 2 * length - 1 entries, in the middle of 2 * within - 1.
+def resized(table: Tensor, lengths: Tensor, within: int) -> Tensor:
+    """[L, C] resized linearly to 2 * length - 1 entries for each length [B], in the middle of 2 * within - 1.
 
     As torch.nn.functional.interpolate does, but places are whole numbers: in float32 those in a long table are rounded
-    by more than anything else here.
+    by more than anything else here. Offsets that only padding has get the entry nearest to theirs.
     """
-    length = max(length, 1)
-    old, new = table.shape[0], 2 * length - 1
-    place = ((2 * torch.arange(new, device=table.device) + 1) * old - new).clamp(min=0)  # in 1 / (2 * new)
+    old, lengths = table.shape[0], lengths.clamp(min=1)[:, None]
+    new = 2 * lengths - 1
+    entry = torch.arange(2 * within - 1, device=table.device) - within + lengths
+    entry = torch.minimum(entry.clamp(min=0), new - 1)
+    place = ((2 * entry + 1) * old - new).clamp(min=0)  # in 1 / (2 * new)
     low = place // (2 * new)
     share = (place - low * 2 * new).to(torch.promote_types(table.dtype, torch.float32)) / (2 * new)
-    table = table[low].lerp(table[(low + 1).clamp(max=old - 1)], share.to(table.dtype)[:, None])
-    more = within - length  # offsets that only padding has: any entry will do
-    return nn.functional.pad(table, (0, 0, more, more))
+    return table[low].lerp(table[(low + 1).clamp(max=old - 1)], share.to(table.dtype)[..., None])
 
 
 # Offsets in a sequence: rows are in reverse order, so that row r reads entries r, r + 1, ... of a table.

@@ -218,17 +218,15 @@ class _Raster:
         count = qkv.shape[1]
         self.order = self.length = self.seen = None
         if valid is None:
-            table = maps.resized(relative.T, count, count)[None]
+            size = torch.full((1,), count, device=qkv.device)
         else:
             # real tokens first: an image's raster is then that which it has alone
             size = extents(valid).prod(1)
-            lengths = size.tolist()
-            at = {n: maps.resized(relative.T, n, count) for n in lengths}
-            table = torch.stack([at[n] for n in lengths])
             self.order = (~valid.flatten(1)).to(torch.uint8).argsort(dim=1, stable=True)
             self.length, qkv = size, pick(qkv, self.order)
             self.seen = (torch.arange(count, device=qkv.device) < size[:, None])[:, None, None]
         self.q, self.k, self.v = _split(qkv, groups, parts)
+        table = maps.resized(relative.T, size, count)
         self.query_table, self.key_table, self.value_table = table.split(list(parts), 2)
 
     def sums(self) -> list[tuple[Tensor, Tensor]]:
@@ -288,16 +286,11 @@ class _Axial:
     ) -> None:
         self.valid, self.seen = valid, None if valid is None else valid.flatten(1)[:, None, None]
         self.q, self.k, self.v = _split(qkv, groups, parts)
-        size = None if valid is None else extents(valid)
+        size = torch.tensor([list(grid)], device=qkv.device) if valid is None else extents(valid)
         places = grid_positions(grid, device=qkv.device).long()
         each = []
         for axis, (n, table) in enumerate(zip(grid, tables, strict=True)):
-            if size is None:
-                here = maps.resized(table, n, n)[None]
-            else:
-                lengths = size[:, axis].tolist()
-                at = {length: maps.resized(table, length, n) for length in lengths}
-                here = torch.stack([at[length] for length in lengths])
+            here = maps.resized(table, size[:, axis], n)
             products = self.q @ here[:, None].mT  # [B, G, N, 2n - 1]
             entry = torch.arange(n, device=qkv.device) - places[:, axis, None] + n - 1
             each.append(products.gather(-1, entry.expand(*products.shape[:2], -1, -1)))
