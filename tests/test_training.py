@@ -255,7 +255,7 @@ def test_the_rate_rises_and_falls():
 
 
 def test_one_axis_is_not_decayed():
-    model = Backbone("C-T", in_chans=1, num_classes=2, img_size=8)
+    model = Backbone("C-SelfAttention(num_heads=2)", in_chans=1, num_classes=2, img_size=8)
     decayed, free = training._groups(model, 0.05)
     assert decayed["weight_decay"] == 0.05 and free["weight_decay"] == 0
     assert {p.ndim for p in free["params"]} == {1} and min(p.ndim for p in decayed["params"]) == 2

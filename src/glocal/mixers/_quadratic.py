@@ -83,5 +83,5 @@ def of_pairs(table: Tensor, grid: Sequence[int], stride: int, queries: Tensor | 
         shape = [-1 if other == axis else 1 for other in range(len(grid))]
         entries.insert(0, entry[left % out[axis]].unflatten(1, shape))  # the other axes' sources are all read with it
         left = left // out[axis]
-    index: tuple[slice | Tensor, ...] = (slice(None), *entries)
-    return table[index].flatten(2)
+    every_head: tuple[slice | Tensor, ...] = (slice(None), *entries)
+    return table[every_head].flatten(2)
