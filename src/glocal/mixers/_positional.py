@@ -88,10 +88,9 @@ def mix_by_axes(scores: Sequence[Tensor], values: Tensor, grid: Sequence[int], v
         by_row = torch.einsum("gjl,bklgc->bkjgc", within, values)
         between = rows.softmax(-1).to(values.dtype)
         return torch.einsum("gik,bkjgc->bijgc", between, by_row).flatten(-2)
-    seen = valid[:, None, :, None]
-    in_row = masked(columns[:, None], seen)  # [B, G, source rows, n, m]
-    within = (in_row.softmax(-1) * seen).to(values.dtype)
-    by_row = torch.einsum("bgkjl,bklgc->bkjgc", within, values)
+    # a row of nothing valid has the lowest sum, hence no weight beside any other; where all are such, values are zero
+    in_row = masked(columns[:, None], valid[:, None, :, None])  # [B, G, source rows, n, m]
+    by_row = torch.einsum("bgkjl,bklgc->bkgjc", in_row.softmax(-1).to(values.dtype), values)
     of_row = in_row.logsumexp(-1).mT.unsqueeze(-2)  # [B, G, query columns, 1, source rows]
-    between = masked_softmax(rows[:, None] + of_row, valid.any(2)[:, None, None, None])
-    return torch.einsum("bgjik,bkjgc->bijgc", between.to(values.dtype), by_row).flatten(-2)
+    between = (rows[:, None] + of_row).softmax(-1).to(values.dtype)
+    return torch.einsum("bgjik,bkgjc->bijgc", between, by_row).flatten(-2)
