@@ -230,7 +230,11 @@ FAULTS = {
             "dict(self._past), self._length, None",
         ),
         ("transforms of torch.func go through the fast path", "torch._C._are_functorch_transforms_active():", "False:"),
-        ("the fast path forgets to move the cache on", "            cache.commit(self._brought(x, call))", "            pass"),
+        (
+            "the fast path forgets to move the cache on",
+            "            cache.commit(self._brought(x, call))",
+            "            pass",
+        ),
         ("a forced fast path falls back in silence", 'if self.impl == "fast":', 'if self.impl == "never":'),
         (
             "a call with an argument that only the definition takes is answered by the fast path",

@@ -10,7 +10,7 @@ LENGTH = 9
 AMOUNTS = (0, 1, 2, 5, 12)
 # operators that may be padded in front, as translation models do: nothing in them counts from the first token
 ANYWHERE = (
-    *("DepthwiseConv", "DynamicConv", "LightweightConv", "LinearAttention"),
+    *("CrossAttention", "DepthwiseConv", "DynamicConv", "LightweightConv", "LinearAttention"),
     *("MultiScaleAttention", "NeighborhoodAttention", "SelfAttention"),
 )
 
@@ -37,11 +37,11 @@ def test_any_amount_of_padding_gives_the_same(front, record_property):
         mixer = glocal.build(spec, contract.DIM).double().eval()
         x = torch.randn(1, LENGTH, contract.DIM, dtype=torch.float64)
         for path in (mixer, mixer.reference):
-            alone = path(x)[0]
+            alone = path(x, **mixer.besides(x))[0]
             for amount in AMOUNTS:
                 batch, valid, start = padded_by(x, amount, front)
                 try:
-                    out = path(batch, valid=valid)[0]
+                    out = path(batch, valid=valid, **mixer.besides(batch))[0]
                 except ValueError as error:
                     refused[spec] = str(error)
                     continue

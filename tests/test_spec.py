@@ -225,6 +225,10 @@ FAULTS = {
             "if value != parameter.default and not (",
             "if value != parameter.default and not isinstance(value, bool) and not (",
         ),
-        ("repr leaves out out_dim", '(name == "out_dim" and value == self.dim)', '(name == "out_dim")'),
+        (
+            "repr leaves out out_dim",
+            '(name in ("out_dim", "source_dim") and value == self.dim)',
+            '(name in ("out_dim", "source_dim"))',
+        ),
     ),
 }

@@ -22,25 +22,20 @@ FAULTS = {
         ("queries are every token", "x, valid, queries, stride=self.stride)", "x, valid, queries)"),
     ),
     ("mixers/_positional.py", "mixers/test_quadratic_attention.py", "mixers/test_gated_positional_attention.py"): (
-        (
-            "rows of sources share one mask",
-            "seen = valid[:, None, :, None]",
-            "seen = valid.any(1)[:, None, None, None]",
-        ),
+        ("rows of sources share one mask", "valid[:, None, :, None]", "valid.any(1)[:, None, None, None]"),
         (
             "rows of sources count the same, however much they hold",
-            "rows[:, None] + of_row,",
-            "rows[:, None] + 0 * of_row,",
+            "(rows[:, None] + of_row)",
+            "(rows[:, None] + 0 * of_row)",
         ),
-        ("rows without a valid source count", "valid.any(2)[:, None, None, None])", "None)"),
         ("a row's sum counts what is not valid", "in_row.logsumexp", "columns[:, None].expand_as(in_row).logsumexp"),
         ("sequences see padding", "None if valid is None else valid[:, None, None])", "None)"),
         (
             "axes change places where everything is valid",
-            "    rows, columns = scores\n    if valid is None:\n",
-            "    rows, columns = scores\n    if valid is None:\n        rows, columns = columns, rows\n",
+            "within = columns.softmax(-1)",
+            "rows, columns = columns, rows\n        within = columns.softmax(-1)",
         ),
-        ("what a query may not see has a weight", "(in_row.softmax(-1) * seen)", "columns[:, None].softmax(-1)"),
+        ("what is not valid has a weight", "in_row.softmax(-1)", "columns[:, None].expand_as(in_row).softmax(-1)"),
     ),
     ("mixers/_quadratic.py", "mixers/test_quadratic_attention.py", "mixers/test_generalized_quadratic_attention.py"): (
         (
