@@ -14,6 +14,7 @@ FAULTS = {
         ("what is kept is what came first", "max(joined.shape[1] - limit, 0) :]", ": min(joined.shape[1], limit)]"),
         ("a cache keeps everything", "joined if limit is None else", "joined if True else"),
         ("a copy does not know how many tokens were seen", "dict(self._past), self._length,", "dict(self._past), 0,"),
+        ("a beam search goes on with the first", "index_select(0, sequences)", "narrow(0, 0, len(sequences))"),
         ("running sums are forgotten", "        self._next[name] = state", "        pass"),
     ),
     "operator.py": (
@@ -150,6 +151,16 @@ def test_looking_and_copies_leave_a_cache_as_it_was(mixer, path):
     path(tokens(3), cache=cache.copy())
     assert len(cache) == 9
     assert_close(path(x[:, 9:], cache=cache), whole[:, 9:], rtol=1e-10, atol=1e-10)
+
+
+def test_a_beam_search_keeps_some_sequences_and_doubles_others(mixer, path):
+    x, cache, beams = torch.cat([tokens(), tokens()]), Cache(), torch.tensor([3, 0, 3])
+    path(x[:, :9], cache=cache)
+    before = cache.copy()
+    cache.reorder(beams)
+    whole = path(torch.cat([x[beams, :9], x[:3, 9:]], 1))
+    assert_close(path(x[:3, 9:], cache=cache), whole[:, 9:], rtol=1e-10, atol=1e-10)
+    assert_close(path(x[:, 9:], cache=before), path(x)[:, 9:], rtol=1e-10, atol=1e-10)
 
 
 def test_what_is_kept_does_not_grow_where_it_need_not(mixer):

@@ -71,6 +71,10 @@ class Cache:
         other._past, other._length, other._owner = dict(self._past), self._length, self._owner
         return other
 
+    def reorder(self, sequences: Tensor) -> None:
+        """Keeps these sequences, int64 [B'], some perhaps more than once: those that a beam search goes on with."""
+        self._past = {name: past.index_select(0, sequences) for name, past in self._past.items()}
+
     def belong_to(self, mixer: nn.Module) -> None:
         """Refuses a second mixer, whose keys and values would mix with those of the first."""
         if self._owner is None:

@@ -207,7 +207,7 @@ FAULTS = (
     (
         "one neighbor too few is kept",
         "self.dilation * (self._kernel[0] - 1) if",
-        "self.dilation * self._kernel[0] - 2 if",
+        "self.dilation * (self._kernel[0] - 1) - 1 if",
     ),
     ("keys are not joined", "q, k if cache is None else", "q, k if True else"),
     ("kept tokens are queries too", "index = index[:, kept:]", "index = index[:, : index.shape[1] - kept]"),

@@ -52,9 +52,9 @@ class MultiScaleAttention(Attention):
     1911.09483; kernels as in Wu et al., ICLR 2019, arXiv 1901.10430.
     Differs from the paper: one projection of the joined heads, as in the released code, where the paper's equation
     has one for each kernel; no dropout in attention, and weight_dropout starts at 0; images too, with square kernels.
-    Padding is masked in both halves; the released code lets what an encoder's values are there into its convolutions
-    (and pads on the left, so that the first words of a sentence depend on its batch). It starts `proj` with a wider
-    distribution than nn.Linear does and biases at 0.
+    Padding is masked in both halves; the released encoder masks it in attention only, and pads on the left, so that
+    there the first words of a sentence depend on its batch. The released code starts `proj` with a wider distribution
+    than nn.Linear does and biases at 0.
     """
 
     examples = (
