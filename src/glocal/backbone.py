@@ -104,7 +104,11 @@ class Backbone(nn.Module):
     The stem is CoAtNet's: 3x3 convolution with stride 2, BN, GELU, 3x3 convolution. Every stage consists of
     blocks of one kind, its first block with the stage's stride and width. The head takes the mean over the grid, LN
     and a linear map. Any size works at run time; grids shrink to ceil(n / stride). For signals every kernel has one
-    axis.
+    axis. Padded batches are told by `valid`:
+
+        net = glocal.Backbone("C-LSTM(bidirectional=True)-T-T", in_chans=2, num_classes=5, img_size=64, rank=1)
+        signals, lengths = torch.randn(8, 2, 64), torch.randint(1, 65, (8,))
+        scores = net(signals, torch.arange(64) < lengths[:, None])
 
     Args:
         layout: One entry a stage; see `parse_layout`.
@@ -212,7 +216,7 @@ class Backbone(nn.Module):
         outputs = []
         x, valid = self._stem(x, valid)
         for stage in self.stages:
-            x, valid = stage(x, valid), strided(valid, stage.stride)
+            x, valid = stage(x, valid), _real_after(stage, valid)
             outputs.append(x)
         return outputs
 
@@ -230,7 +234,7 @@ class Backbone(nn.Module):
         """
         x, valid = self._stem(x, valid)
         for stage in self.stages:
-            x, valid = stage(x, valid), strided(valid, stage.stride)
+            x, valid = stage(x, valid), _real_after(stage, valid)
         return self.head(x, valid)
 
     def _stem(self, x: torch.Tensor, valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -260,12 +264,17 @@ class Stage(nn.Sequential):
     @property
     def stride(self) -> int:
         """Of all blocks together."""
-        return math.prod(block.stride for block in self)
+        return math.prod(block.stride for block in self)  # type: ignore[misc]
 
     def forward(self, x: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
         for block in self:
-            x, valid = block(x, valid), strided(valid, block.stride)
+            x, valid = block(x, valid), _real_after(block, valid)
         return x
+
+
+def _real_after(part: nn.Module, valid: torch.Tensor | None) -> torch.Tensor | None:
+    """Which tokens that a block or a stage gives are real."""
+    return strided(valid, part.stride)  # type: ignore[arg-type]
 
 
 class Stem(nn.Module):

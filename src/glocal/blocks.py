@@ -294,7 +294,7 @@ class MBConv(nn.Module):
         inner = round(out_dim * expand_ratio)
         first, second = (stride, 1) if stride_in == "expand" else (1, stride)
         self.out_dim = out_dim
-        self.stride = stride
+        self.stride, self._strides = stride, (first, second)
         self.rank = rank
         self.shortcut = _shortcut(dim, out_dim, stride, pool) if skip else None
         self.pre_norm = _batch_norm(dim)
@@ -313,10 +313,10 @@ class MBConv(nn.Module):
             raise ValueError(f"MBConv: x has shape {tuple(x.shape)}; a block of rank {self.rank} takes [B, *S, C]")
         skip = _skip(self.shortcut, x, valid)
         x = normed(self.pre_norm, _planes(x), valid)
-        valid = strided(valid, self.conv1_1x1.stride[0])
+        valid = strided(valid, self._strides[0])
         x = F.gelu(normed(self.norm1, self.conv1_1x1(x), valid))
         x = _planes(self.conv2_kxk(_tokens(x, self.rank), valid=valid))
-        valid = strided(valid, self.conv2_kxk.stride)
+        valid = strided(valid, self._strides[1])
         x = F.gelu(normed(self.norm2, x, valid))
         x = self.conv3_1x1(self.se(x, None if valid is None else valid.view(len(x), *x.shape[2:])))
         return _joined(skip, self.drop_path(self.ls(_tokens(x, self.rank))))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from glocal import mixers
 from glocal.aggregation import aggregate, grid_positions
@@ -566,7 +566,7 @@ def _no_weights(mixer: Operator) -> str | None:
     return None if isinstance(mixer, TokenMixer) else NO_WEIGHTS
 
 
-def _refuses(mixer: nn.Module, x: Tensor, *words: str, **call: Tensor) -> None:
+def _refuses(mixer: Operator, x: Tensor, *words: str, **call: Tensor) -> None:
     try:
         mixer(x, **mixer.besides(x) | call)
     except ValueError as error:

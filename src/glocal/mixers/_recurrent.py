@@ -74,7 +74,8 @@ class Recurrent(TokenModule):
             out, end = self.rnn(x, start)
         if cache is not None:
             states = dict(zip(self.states, end if isinstance(end, tuple) else (end,), strict=True))
-            cache.put("ended", x.new_zeros(len(x), dtype=torch.bool) if valid is None else ~valid[:, -1])
+            if valid is not None:
+                cache.put("ended", ~valid[:, -1])
             for key, state in states.items():
                 cache.put(key, state.transpose(0, 1))
         return out if self.proj is None else self.proj(out)
