@@ -105,9 +105,11 @@ class TokenMixer(Operator):
     `weights`, `scores`, `fast` and `unsupported` name in their own signature those call arguments they use, out
     of `source, grid, valid, pos_embed, source_pos_embed, queries, cache` (see `forward`). What an operator's
     `weights` does not name is refused in words, but for three that need nothing of it: `queries` (rows are then
-    selected), `valid` (values elsewhere are zero in any case) and `grid` (x is reshaped). A call with an argument
-    that `weights` names and `fast` does not runs by the definition. An operator with batch norm or dropout in its
-    weight path names `update_statistics` too: True in a forward pass in training, False when somebody only looks.
+    selected), `valid` (values elsewhere are zero in any case) and `grid` (x is reshaped). Where a class says
+    `takes_positions`, since its weights compare tokens, `pos_embed` needs nothing either: `weights`, `scores` and
+    `fast` get x with it, `values` x without it. A call with an argument that `weights` names and `fast` does not runs
+    by the definition. An operator with batch norm or dropout in its weight path names `update_statistics` too: True in
+    a forward pass in training, False when somebody only looks.
     """
 
     impl: Literal["auto", "reference", "fast"] = "auto"
@@ -187,7 +189,7 @@ class TokenMixer(Operator):
         shape = self._out_shape(x, call)
         x, call = self._bind(x, call)
         values = {"values": self._values(x, call)} if "values" in self._takes["fast"] else {}
-        out = self.fast(x, **values, **self._only("fast", call, update=True))
+        out = self.fast(self._placed(x, call), **values, **self._only("fast", call, update=True))
         if cache is not None:
             cache.commit(self._brought(x, call))
         return out.reshape(shape)
@@ -212,26 +214,32 @@ class TokenMixer(Operator):
         """The named terms before the softmax ("content", "position"), each broadcastable to [B, G, N, K]."""
         call = _looking(given(source=source, **call))
         x, call = self._bind(x, call)
-        return self._scores(x, **self._only("_scores", call))
+        return self._scores(self._placed(x, call), **self._only("_scores", call))
 
     def unsupported(self, x: Tensor, source: Tensor | None = None, **call: Any) -> str | None:
         """Why the fast path cannot run on these arguments, in a sentence; None if it can."""
         if type(self).fast is TokenMixer.fast:
             return "has no fast path"
         x, call = self._bind(x, given(source=source, **call))
-        # zeroed values are all that `valid` means to an operator whose weights do not name it
-        zeroed = "values" in self._takes["fast"] and "valid" not in self._takes["_weights"]
+        # zeroed values are all that `valid` means to an operator whose weights do not name it; positions are in x
+        idle = ("valid", "pos_embed") if "values" in self._takes["fast"] else ()
         for name in call:
-            if name not in self._takes["fast"] and not (name == "valid" and zeroed):
+            if name not in self._takes["fast"] and not (name in idle and name not in self._takes["_weights"]):
                 return f"the fast path does not take {name}, the definition does"
         if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
             return "transforms of torch.func go through the definition"
         return self._unsupported(x, **self._only("_unsupported", call))
 
     def _aggregation(self, x: Tensor, call: dict[str, Any], *, update: bool) -> Aggregation:
-        found = self._weights(x, **self._only("_weights", call, update=update))
+        found = self._weights(self._placed(x, call), **self._only("_weights", call, update=update))
         queries = call.get("queries")
         return found.select(queries) if queries is not None and "queries" not in self._takes["_weights"] else found
+
+    def _placed(self, x: Tensor, call: dict[str, Any]) -> Tensor:
+        """x with its positions, which are not for values, unless the operator adds them itself."""
+        if "pos_embed" in call and "pos_embed" not in self._takes["_weights"]:
+            return x + call["pos_embed"]
+        return x
 
     def _values(self, x: Tensor, call: dict[str, Any]) -> Tensor:
         values = self.values(call.get("source", x), **self._only("values", call))

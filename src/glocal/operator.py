@@ -48,6 +48,7 @@ class Operator(nn.Module, ABC):
 
     dim: int
     rank: int | None  # of the grid; None: any
+    takes_positions: ClassVar[bool] = False  # its kind adds `pos_embed` for it, see TokenMixer
 
     _hooks: ClassVar[tuple[str, ...]]  # the methods that take arguments of the call; the first one is the definition
     _takes: ClassVar[dict[str, frozenset[str]]] = {}  # by hook: the arguments that it names
@@ -150,7 +151,8 @@ class Operator(nn.Module, ABC):
         name, takes = type(self).__name__, self._takes[self._hooks[0]]
         call = dict(call)
         for argument in call:
-            if argument not in takes and argument not in ("valid", "queries", "grid"):
+            written_once = ("valid", "queries", "grid", *(["pos_embed"] if self.takes_positions else []))
+            if argument not in takes and argument not in written_once:
                 raise ValueError(f"{name}: does not take {argument}; nothing in it depends on one")
         check_tokens(name, "x", x, self.dim)
         source, grid = call.get("source"), call.get("grid")
@@ -194,16 +196,15 @@ class Operator(nn.Module, ABC):
                 del call["grid"]
                 for argument in call.keys() & {"valid", "pos_embed"}:
                     call[argument] = call[argument].unflatten(1, grid)
-        if self.rank is not None and x.dim() - 2 != self.rank:
-            other = x.dim() - 2
+        axes = tuple(call["grid"] if "grid" in call else x.shape[1:-1])
+        if self.rank is not None and len(axes) != self.rank:
+            other = len(axes)
             way_out = (
                 f"build it with rank={other}"
                 if "rank" in inspect.signature(type(self)).parameters
                 else "it has no other"
             )
-            raise ValueError(
-                f"{name}: built for rank {self.rank}, x has a grid of rank {other}, {tuple(x.shape[1:-1])}; {way_out}"
-            )
+            raise ValueError(f"{name}: built for rank {self.rank}, x has a grid of rank {other}, {axes}; {way_out}")
         return x, call
 
     def _bind_valid(self, x: Tensor, call: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:

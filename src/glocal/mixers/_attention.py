@@ -16,6 +16,8 @@ from glocal.mixer import TokenMixer, Unsupported
 class Attention(TokenMixer):
     """Abstract: one `qkv` projection, one `proj`, and heads between them."""
 
+    takes_positions = True
+
     def __init__(
         self,
         dim: int,

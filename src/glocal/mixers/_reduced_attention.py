@@ -19,6 +19,8 @@ from glocal.mixers._attention import masked_softmax, part_of, sdpa_where
 class ReducedAttention(TokenMixer):
     """Abstract: projections `q`, `kv` and `proj`, named as in timm; a subclass says how the map is reduced."""
 
+    takes_positions = True
+
     def __init__(self, dim: int, *, num_heads: int | None, head_dim: int | None, qkv_bias: bool, rank: int) -> None:
         super().__init__(dim, rank=rank)
         self.num_heads = resolve_heads(dim, num_heads, head_dim)

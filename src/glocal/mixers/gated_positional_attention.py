@@ -50,6 +50,7 @@ class GatedPositionalAttention(TokenMixer):
     int(sqrt(N)): other shapes of as many tokens get the square's in silence, other numbers fail); here of any grid.
     """
 
+    takes_positions = True
     examples = (
         "GatedPositionalAttention(num_heads=1, locality_strength=1.0)",
         "GatedPositionalAttention(num_heads=4, qkv_bias=True)",

@@ -51,6 +51,7 @@ class HaloAttention(TokenMixer):
     unless mask_padding is False; sizes that are no multiple of the block, which timm refuses, are defined.
     """
 
+    takes_positions = True
     examples = (
         "HaloAttention(block_size=4, halo_size=1, num_heads=4)",
         "HaloAttention(block_size=(2, 3), halo_size=2, num_heads=2, qkv_bias=True)",

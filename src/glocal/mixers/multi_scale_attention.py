@@ -57,6 +57,7 @@ class MultiScaleAttention(Attention):
     than nn.Linear does and biases at 0.
     """
 
+    takes_positions = False  # kernels are made of values, which have no positions
     examples = (
         "MultiScaleAttention(num_heads=4, kernel_sizes=(1, 3))",
         "MultiScaleAttention(num_heads=2, kernel_sizes=(5,), qkv_bias=False)",
