@@ -89,15 +89,7 @@ class SelfAttention(Attention):
         (content,) = self._scores(
             x, source, pos_embed=pos_embed, source_pos_embed=source_pos_embed, queries=queries, cache=cache
         ).values()
-        past = 0 if cache is None else len(cache)
-        tokens, sources = math.prod(x.shape[1:-1]), content.shape[-1]
-        seen = self._seen(tokens, sources, past, valid, x.device)
-        if seen is not None and queries is not None and seen.shape[2] > 1:
-            seen = seen[:, :, queries]
-        out_grid, source_grid, places, source_places = geometry(x, source, grid, past)
-        if queries is not None:
-            places, out_grid = places[queries], (len(queries),)
-        return Aggregation(masked_softmax(content, seen), None, sources, places, source_places, out_grid, source_grid)
+        return softmax_of_all(content, x, source, grid, valid, queries, cache, causal=self.causal)
 
     def fast(
         self,
@@ -112,10 +104,7 @@ class SelfAttention(Attention):
         cache: Cache | None = None,
     ) -> Tensor:
         q, k = self._queries_and_keys(x, source, pos_embed, source_pos_embed, cache)
-        if valid is None and cache is None:
-            return self.proj(sdpa(q, k, values, causal=self.causal))
-        seen = self._seen(q.shape[1], k.shape[1], k.shape[1] - q.shape[1], valid, x.device)
-        return self.proj(sdpa_where(seen, q, k, values))
+        return self.proj(mixed_from_all(q, k, values, valid, causal=self.causal))
 
     def macs(self, grid: Sequence[int]) -> int:
         n = math.prod(grid)
@@ -137,14 +126,53 @@ class SelfAttention(Attention):
         k = self.heads(add_position(x if source is None else source, source_pos_embed), 1)
         return q, k if cache is None else cache.join("keys", k)
 
-    def _seen(self, tokens: int, sources: int, past: int, valid: Tensor | None, device: torch.device) -> Tensor | None:
-        """Which sources each query may read, [B|1, 1, N|1, M]; None: all."""
-        seen = None if valid is None else valid.flatten(1)[:, None, None]
-        if self.causal:
-            order = torch.arange(sources, device=device)
-            past_only = (order <= order[:tokens, None] + past)[None, None]
-            seen = past_only if seen is None else seen & past_only
-        return seen
+
+# What attention to all tokens shares, however queries and keys were made.
+
+
+def softmax_of_all(
+    scores: Tensor,
+    x: Tensor,
+    source: Tensor | None,
+    grid: Sequence[int] | None,
+    valid: Tensor | None,
+    queries: Tensor | None,
+    cache: Cache | None,
+    *,
+    causal: bool,
+) -> Aggregation:
+    """Scores [B, G, N, M] (Q rows with `queries`) to dense weights with their geometry."""
+    past = 0 if cache is None else len(cache)
+    tokens, sources = math.prod(x.shape[1:-1]), scores.shape[-1]
+    seen = _seen(tokens, sources, past, valid, x.device, causal)
+    if seen is not None and queries is not None and seen.shape[2] > 1:
+        seen = seen[:, :, queries]
+    out_grid, source_grid, places, source_places = geometry(x, source, grid, past)
+    if queries is not None:
+        places, out_grid = places[queries], (len(queries),)
+    return Aggregation(masked_softmax(scores, seen), None, sources, places, source_places, out_grid, source_grid)
+
+
+def mixed_from_all(q: Tensor, k: Tensor, values: Tensor, valid: Tensor | None, *, causal: bool) -> Tensor:
+    """The same by the library: [B, N, G, D] heads, q scaled, to [B, N, G*D]; queries are the last N of the M sources
+    where a causal order holds."""
+    past = k.shape[1] - q.shape[1] if causal else 0
+    if valid is None and not past:
+        return sdpa(q, k, values, causal=causal)
+    seen = _seen(q.shape[1], k.shape[1], past, valid, q.device, causal)
+    return sdpa_where(seen, q, k, values)
+
+
+def _seen(
+    tokens: int, sources: int, past: int, valid: Tensor | None, device: torch.device, causal: bool
+) -> Tensor | None:
+    """Which sources each query may read, [B|1, 1, N|1, M]; None: all."""
+    seen = None if valid is None else valid.flatten(1)[:, None, None]
+    if causal:
+        order = torch.arange(sources, device=device)
+        past_only = (order <= order[:tokens, None] + past)[None, None]
+        seen = past_only if seen is None else seen & past_only
+    return seen
 
 
 def geometry(
