@@ -19,7 +19,7 @@ BELOW = {
     "arguments": [],
     "operator": ["arguments"],
     "mixer": ["aggregation", "operator"],
-    "positions": [],
+    "positions": ["aggregation", "arguments"],
     "kernels": ["aggregation"],
     "mixers": ["kernels", "mixer", "positions"],
     "spec": ["mixers"],

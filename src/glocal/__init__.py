@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from glocal import mixers as mixers
+    from glocal import positions as positions
     from glocal.aggregation import Aggregation as Aggregation
     from glocal.aggregation import aggregate as aggregate
     from glocal.aggregation import cat as cat
@@ -33,6 +34,7 @@ _PUBLIC = {
     "cat": "glocal.aggregation",
     "inspect": "glocal.inspection",
     "mixers": None,
+    "positions": None,
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -45,6 +45,13 @@ def per_axis(name: str, value: int | Sequence[int], rank: int) -> tuple[int, ...
     return tuple(positive(name, size) for size in sizes)
 
 
+def one_of(name: str, value: str, allowed: Sequence[str]) -> str:
+    """`value` if it is one of the words allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name}: {value!r}, must be {' or '.join(map(repr, allowed))}")
+    return value
+
+
 def odd_kernel(name: str, value: int | Sequence[int], rank: int) -> tuple[int, ...]:
     """`per_axis` for kernels that need a centre."""
     sizes = per_axis(name, value, rank)
@@ -134,3 +141,29 @@ def check_queries(mixer: str, queries: Tensor) -> None:
 def finite_outside(tokens: Tensor, valid: Tensor) -> Tensor:
     """Tokens with 0 for what is infinite or NaN where not valid: no mask stops it from reaching real tokens."""
     return tokens.masked_fill(~valid[..., None] & ~tokens.isfinite(), 0)
+
+
+def extents(valid: Tensor) -> Tensor:
+    """[B, *S] -> [B, rank]: each image's own size.
+
+    Raises:
+        ValueError: some image's real tokens are no rectangle anchored at the origin.
+    """
+    rank = valid.dim() - 1
+    lengths = []
+    for axis in range(rank):
+        others = tuple(a + 1 for a in range(rank) if a != axis)
+        lengths.append((valid.any(dim=others) if others else valid).sum(-1))
+    size = torch.stack(lengths, -1)
+    inside = torch.ones_like(valid)
+    for axis, n in enumerate(valid.shape[1:]):
+        shape = [1] * (rank + 1)
+        shape[axis + 1] = n
+        along = torch.arange(n, device=valid.device).view(shape)
+        inside = inside & (along < size[:, axis].view(-1, *[1] * rank))
+    if not torch.compiler.is_compiling() and not valid.is_meta and not torch.equal(inside, valid):
+        raise ValueError(
+            "valid: the real tokens of an image are no rectangle anchored at the origin; this operator's geometry "
+            "depends on each image's size, so pad images at their ends only"
+        )
+    return size

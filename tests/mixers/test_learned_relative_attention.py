@@ -18,7 +18,7 @@ FAULTS = (
         "rows[:, None, :, None] + columns[:, :, None, :, None]",
     ),
     ("offsets are query minus source", "axis_offsets(n, x.device) + n - 1]", "axis_offsets(n, x.device).T + n - 1]"),
-    ("smaller grids read the table's start", "+ size - n\n", "\n"),
+    ("smaller grids read the table's start", "axis, size, n, x.device)", "axis, n, n, x.device)"),
     (
         "tables change places",
         "[(self.col_embeddings, self.head_keys_col), along_row]",

@@ -220,22 +220,10 @@ FAULTS = (
         "table_parameter(self.num_heads, *sides) if position_bias else None",
         "table_parameter(self.num_heads, *sides)",
     ),
-    ("the table is resized corner to corner", "size=shape, mode=mode)", "size=shape, mode=mode, align_corners=True)"),
-    ("the table is flipped: source minus query", "        table = table.flip(axes)\n", ""),
     (
-        "the table's rows come last query first",
-        "return table.flip(axes).flatten(1, len(grid)).flatten(2)",
-        "return table.flatten(1, len(grid)).flatten(2)",
-    ),
-    (
-        "the table of a subset of the queries is flipped: source minus query",
-        "place[queries, None] - place + ",
-        "place - place[queries, None] + ",
-    ),
-    (
-        "the compiled bias gives all queries the row of the first",
-        "torch.arange(math.prod(grid), device=table.device) if queries",
-        "torch.zeros(math.prod(grid), device=table.device).long() if queries",
+        "the bias is that of all queries",
+        "return relative_bias(table, grid, queries=queries)",
+        "return relative_bias(table, grid)",
     ),
     (
         "a padded image gets the table of the batch's size",
@@ -254,21 +242,6 @@ FAULTS = (
         "self.heads(x_at, 0), self.heads(x, 1)",
     ),
     ("the fast path lets padding into the softmax", "position if seen is None else masked(position, seen)", "position"),
-    (
-        "all heads have the first one's bias",
-        "        table = table.flip(axes)\n",
-        "        table = table[:1].expand_as(table).flip(axes)\n",
-    ),
-    (
-        "at a subset of the queries all heads have the first one's bias",
-        "table.flatten(1)[:, entry",
-        "table[:1].expand_as(table).flatten(1)[:, entry",
-    ),
-    (
-        "the bias of a subset of the queries is that of the first rows",
-        "place[queries, None] - place + ",
-        "place[: len(queries), None] - place + ",
-    ),
     (
         "positions of a subset of the queries are those of the first",
         "places if queries is None else places[queries]",

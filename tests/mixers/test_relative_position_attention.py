@@ -28,14 +28,14 @@ FAULTS = (
     ),
     ("a query's row is read as its column", "math.prod(grid[axis + 1 :]) % n", "math.prod(grid[:axis]) % n"),
     ("both axes use the same channels", "(axis * share, self.dim - (axis + 1) * share)", "(0, self.dim - share)"),
-    ("sines and cosines change places", "[angle.sin(), angle.cos()]", "[angle.cos(), angle.sin()]"),
+    ("sines and cosines stand side by side", 'layout="halves")', 'layout="interleaved")'),
     (
         "angles are in the dtype of the tokens",
         "dtype = torch.promote_types(x.dtype, torch.float32)",
         "dtype = x.dtype",
     ),
     ("the sinusoids' offsets are off by one", ".to(dtype) + 1 - n", ".to(dtype) - n"),
-    ("smaller grids read the table's start", "device=x.device) + size - n)", "device=x.device))"),
+    ("smaller grids read the table's start", "self._sizes[axis], n, x.device)", "n, n, x.device)"),
     ("the fast path sees padding", "bias = masked(", "masked("),
     ("the definition sees padding", "queries=queries)), x, valid, queries)", "queries=queries)), x, None, queries)"),
 )

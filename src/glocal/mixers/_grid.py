@@ -13,6 +13,7 @@ from torch import Tensor
 
 from glocal.aggregation import grid_positions
 from glocal.mixer import Cache
+from glocal.positions.relative import relative_index
 
 
 def join(axes: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
@@ -66,32 +67,6 @@ def places_behind(x: Tensor, cache: Cache | None, kept: int) -> tuple[tuple[int,
 def centre_padding(kernel: Sequence[int], dilation: int = 1) -> tuple[int, ...]:
     """Zeros in front of each axis that centre the kernel (left of the middle for an even one)."""
     return tuple(dilation * (k - 1) // 2 for k in kernel)
-
-
-def extents(valid: Tensor) -> Tensor:
-    """[B, *S] -> [B, rank]: each image's own size.
-
-    Raises:
-        ValueError: some image's real tokens are no rectangle anchored at the origin.
-    """
-    rank = valid.dim() - 1
-    lengths = []
-    for axis in range(rank):
-        others = tuple(a + 1 for a in range(rank) if a != axis)
-        lengths.append((valid.any(dim=others) if others else valid).sum(-1))
-    size = torch.stack(lengths, -1)
-    inside = torch.ones_like(valid)
-    for axis, n in enumerate(valid.shape[1:]):
-        shape = [1] * (rank + 1)
-        shape[axis + 1] = n
-        along = torch.arange(n, device=valid.device).view(shape)
-        inside = inside & (along < size[:, axis].view(-1, *[1] * rank))
-    if not torch.compiler.is_compiling() and not valid.is_meta and not torch.equal(inside, valid):
-        raise ValueError(
-            "valid: the real tokens of an image are no rectangle anchored at the origin; this operator's geometry "
-            "depends on each image's size, so pad images at their ends only"
-        )
-    return size
 
 
 class WindowAxis(NamedTuple):
@@ -171,12 +146,9 @@ class Windows:
         return _with_batch(window[..., 0], 1), _with_batch(place[..., 0], 1)
 
     def offsets(self, window_size: Sequence[int]) -> Tensor:
-        """[K, K]: place of the query minus place of the source, in raster order of a table of 2*window_size - 1."""
-        each = []
-        for axis, size in zip(self._axes, window_size, strict=True):
-            place = torch.arange(axis.region.shape[1], device=axis.region.device)
-            each.append(place[:, None] - place + size - 1)
-        return join(each, [2 * size - 1 for size in window_size])
+        """[K, K]: rows of a table made for `window_size`; see `relative_index`."""
+        region = self._axes[0].region
+        return relative_index([a.region.shape[1] for a in self._axes], table_grid=window_size, device=region.device)
 
 
 def _with_batch(table: Tensor, dims: int) -> Tensor:

@@ -53,11 +53,6 @@ def softmax_over_sources(
     )
 
 
-def axis_offsets(length: int, device: torch.device, *, stride: int = 1) -> Tensor:
-    """Source minus query along one axis: [n, m]."""
-    return torch.arange(length, device=device) - torch.arange(0, length, stride, device=device)[:, None]
-
-
 def precise(parameter: Tensor) -> Tensor:
     """At least float32: a squared distance in bfloat16 would be off by whole units."""
     return parameter.to(torch.promote_types(parameter.dtype, torch.float32))

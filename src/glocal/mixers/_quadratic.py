@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from glocal.arguments import positive
 from glocal.mixers._library import out_lengths
-from glocal.mixers._positional import PositionalAttention, axis_offsets, mix_by_axes, precise
+from glocal.mixers._positional import PositionalAttention, mix_by_axes, precise
+from glocal.positions.relative import axis_offsets
 
 CENTRE_STD = 2.0  # of the initial centres, in tokens
 SPREAD_STD = 0.01  # of the initial spreads, around 1 or the identity

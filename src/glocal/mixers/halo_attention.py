@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from glocal.aggregation import Aggregation, grid_positions
-from glocal.arguments import flag, per_axis, resolve_heads
+from glocal.arguments import extents, flag, per_axis, resolve_heads
 from glocal.mixer import TokenMixer
 from glocal.mixers._attention import masked_softmax, sum_of
-from glocal.mixers._grid import Windows, extents, join, masked_windows, pick, pick_or_zero
+from glocal.mixers._grid import Windows, join, masked_windows, pick, pick_or_zero
 
 # Shape letters: B batch, N tokens, Q queries, M blocks, P places of a block, K places of a block with its halo,
 # G heads, D channels per head, C channels.

@@ -11,11 +11,11 @@ from glocal.arguments import flag, per_axis, positive
 from glocal.mixers._attention import masked, sdpa, sum_of
 from glocal.mixers._positional import (
     PositionalAttention,
-    axis_offsets,
     mix_by_axes,
     precise,
     softmax_over_sources,
 )
+from glocal.positions.relative import axis_offsets, relative_rows
 
 
 class LearnedRelativeAttention(PositionalAttention):
@@ -132,12 +132,7 @@ class LearnedRelativeAttention(PositionalAttention):
         scores = []
         for axis, ((embeddings, head_keys), size) in enumerate(zip(tables, self._sizes, strict=True)):
             n = x.shape[axis + 1]
-            if n > size:
-                raise ValueError(
-                    f"LearnedRelativeAttention: x has {n} tokens along axis {axis} of its grid, the table of offsets "
-                    f"is made for {size}; build it with a larger grid_size"
-                )
-            offset = torch.arange(2 * n - 1, device=x.device) + size - n
-            known = precise(head_keys(embeddings(offset)))  # [2n - 1, heads]
+            rows = relative_rows("LearnedRelativeAttention", axis, size, n, x.device)
+            known = precise(head_keys(embeddings(rows)))  # [2n - 1, heads]
             scores.append(known[axis_offsets(n, x.device) + n - 1].movedim(-1, 0))
         return scores

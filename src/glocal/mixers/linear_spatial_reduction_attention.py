@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from glocal.aggregation import Aggregation
-from glocal.arguments import per_axis
-from glocal.mixers._grid import extents
+from glocal.arguments import extents, per_axis
 from glocal.mixers._library import images
 from glocal.mixers._reduced_attention import ReducedAttention
 

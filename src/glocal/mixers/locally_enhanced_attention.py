@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from glocal.aggregation import Aggregation, grid_positions
-from glocal.arguments import given, per_axis, positive
+from glocal.arguments import extents, given, per_axis, positive
 from glocal.mixers import _position_maps as maps
 from glocal.mixers._attention import masked_softmax
-from glocal.mixers._grid import extents, pick
+from glocal.mixers._grid import pick
 from glocal.mixers._library import back, images, out_lengths
 from glocal.mixers._norm import BatchNorm, normalise
 from glocal.operator import TokenModule

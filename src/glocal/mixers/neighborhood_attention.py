@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from glocal.aggregation import Aggregation
-from glocal.arguments import flag, odd_kernel, per_axis, positive
+from glocal.arguments import extents, flag, odd_kernel, per_axis, positive
 from glocal.kernels import gathered_scores, gathered_sum
 from glocal.mixer import Cache
 from glocal.mixers._attention import Attention, masked_softmax, sum_of, table_parameter
-from glocal.mixers._grid import extents, join, pick_or_zero, places_behind, taps
+from glocal.mixers._grid import join, pick_or_zero, places_behind, taps
 
 
 class NeighborhoodAttention(Attention):

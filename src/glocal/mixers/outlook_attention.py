@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from glocal.aggregation import Aggregation, grid_positions
-from glocal.arguments import flag, per_axis, positive, resolve_heads
+from glocal.arguments import extents, flag, per_axis, positive, resolve_heads
 from glocal.mixer import TokenMixer
-from glocal.mixers._grid import centre_padding, extents, join, kernel_index, pick_or_zero
+from glocal.mixers._grid import centre_padding, join, kernel_index, pick_or_zero
 from glocal.mixers._library import back, images, out_lengths
 
 # Shape letters: B batch, N tokens, W windows, P places of a window, J windows over a token, G heads.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from glocal.aggregation import Aggregation, grid_positions
-from glocal.arguments import flag, per_axis
+from glocal.arguments import extents, flag, per_axis
 from glocal.mixers._attention import (
     Attention,
     add_position,
@@ -18,7 +18,7 @@ from glocal.mixers._attention import (
     sum_of,
     table_parameter,
 )
-from glocal.mixers._grid import extents
+from glocal.positions.relative import relative_bias, resized_bias
 
 
 class RelativeAttention(Attention):
@@ -147,23 +147,8 @@ class RelativeAttention(Attention):
     def _bias_at(self, size: Sequence[int], grid: Sequence[int], queries: Tensor | None) -> Tensor:
         """[heads, N, N] on `grid`, with the table resized for `size`, which lies inside it."""
         assert self.relative_position_bias_table is not None
-        shape = [2 * max(n, 1) - 1 for n in size]
-        mode = "linear" if self.rank == 1 else "bilinear"
-        table = nn.functional.interpolate(self.relative_position_bias_table[None], size=shape, mode=mode)[0]
+        table = resized_bias(self.relative_position_bias_table, [max(n, 1) for n in size])
         # offsets that only padding has: any entry will do
         beyond = [n - max(s, 1) for n, s in zip(grid, size, strict=True)]
         table = nn.functional.pad(table, [more for end in reversed(beyond) for more in (end, end)])
-        if queries is not None or torch.compiler.is_compiling():  # unfold makes symbolic lengths constants
-            queries = torch.arange(math.prod(grid), device=table.device) if queries is None else queries
-            place = grid_positions(grid, device=table.device).long()
-            offset = place[queries, None] - place + torch.tensor(grid, device=table.device) - 1
-            entry = offset[..., 0]
-            for axis, n in enumerate(grid[1:], start=1):
-                entry = entry * (2 * n - 1) + offset[..., axis]
-            return table.flatten(1)[:, entry]
-        # entry query - source + n - 1: windows of the mirrored table, last one first, are its rows; views, no index
-        axes = tuple(range(1, len(grid) + 1))
-        table = table.flip(axes)
-        for axis, n in zip(axes, grid, strict=True):
-            table = table.unfold(axis, n, 1)
-        return table.flip(axes).flatten(1, len(grid)).flatten(2)
+        return relative_bias(table, grid, queries=queries)

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from glocal.aggregation import Aggregation
 from glocal.arguments import per_axis
 from glocal.mixers._attention import Attention, masked, sdpa, sum_of, table_parameter
-from glocal.mixers._positional import axis_offsets, softmax_over_sources
-
-WAVELENGTH = 10000  # the longest sinusoid's, over 2 pi
+from glocal.mixers._positional import softmax_over_sources
+from glocal.positions.relative import axis_offsets, relative_rows
+from glocal.positions.sinusoidal import sinusoids
 
 
 class RelativePositionAttention(Attention):
@@ -119,16 +119,9 @@ class RelativePositionAttention(Attention):
         if self._sizes is None:
             dtype = torch.promote_types(x.dtype, torch.float32)  # large angles have no sines in bfloat16
             offset = torch.arange(2 * n - 1, device=x.device).to(dtype) + 1 - n
-            wave = WAVELENGTH ** (-torch.arange(0, share, 2, device=x.device).to(dtype) / share)
-            angle = offset[:, None] * wave
-            r = torch.cat([angle.sin(), angle.cos()], -1).to(x.dtype)
+            r = sinusoids(offset, share, layout="halves").to(x.dtype)
         else:
-            size = self._sizes[axis]
-            if n > size:
-                raise ValueError(
-                    f"RelativePositionAttention: x has {n} tokens along axis {axis} of its grid, the table of offsets "
-                    f"is made for {size}; build it with a larger grid_size, or without one"
-                )
-            r = self.r_embeddings[axis](torch.arange(2 * n - 1, device=x.device) + size - n)
+            rows = relative_rows("RelativePositionAttention", axis, self._sizes[axis], n, x.device)
+            r = self.r_embeddings[axis](rows)
         r = nn.functional.pad(r, (axis * share, self.dim - (axis + 1) * share))  # the channels of the other axes
         return self.r_net(r).unflatten(-1, (self.num_heads, -1))

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from glocal.aggregation import Aggregation, grid_positions
-from glocal.arguments import flag, per_axis, shift
+from glocal.arguments import extents, flag, per_axis, shift
 from glocal.mixers._attention import Attention, mask_bias, masked_softmax, sdpa, sum_of, table_parameter
-from glocal.mixers._grid import Windows, extents, masked_windows, pick, pick_or_zero, rolled_windows
+from glocal.mixers._grid import Windows, masked_windows, pick, pick_or_zero, rolled_windows
 
 
 class WindowAttention(Attention):
