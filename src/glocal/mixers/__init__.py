@@ -37,6 +37,7 @@ from glocal.mixers.quadratic_attention import QuadraticAttention as QuadraticAtt
 from glocal.mixers.relative_attention import RelativeAttention as RelativeAttention
 from glocal.mixers.relative_position_attention import RelativePositionAttention as RelativePositionAttention
 from glocal.mixers.released_focal_attention import ReleasedFocalAttention as ReleasedFocalAttention
+from glocal.mixers.rotary_attention import RotaryAttention as RotaryAttention
 from glocal.mixers.self_attention import SelfAttention as SelfAttention
 from glocal.mixers.spatial_reduction_attention import SpatialReductionAttention as SpatialReductionAttention
 from glocal.mixers.token_mlp import TokenMLP as TokenMLP
