@@ -59,14 +59,16 @@ def test_commands_start_from_a_fresh_clone():
 # --- Python -------------------------------------------------------------------------------------------------------
 
 
-def test_python_gives_the_stated_output():
-    sessions = blocks("pycon")
+@pytest.mark.parametrize("document", ["README.md", "docs/positions.md"])
+def test_python_gives_the_stated_output(document):
+    sessions, names = blocks("pycon", (ROOT / document).read_text(encoding="utf-8")), {}
     assert sessions
     for number, session in enumerate(sessions):
-        test = doctest.DocTestParser().get_doctest(session, {}, f"README.md, block {number}", "README.md", 0)
+        test = doctest.DocTestParser().get_doctest(session, names, f"{document}, block {number}", document, 0)
         said = []
-        doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test, out=said.append)
+        doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test, out=said.append, clear_globs=False)
         assert not said, "".join(said)
+        names = test.globs if document != "README.md" else {}  # there each block stands for itself
 
 
 def test_operators_of_the_table_exist():
