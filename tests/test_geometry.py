@@ -146,11 +146,6 @@ FAULTS = {
             "(0 if n < window else shifted)",
         ),
         (
-            "the bias table is flipped: source minus query",
-            "each.append(place[:, None] - place + size - 1)",
-            "each.append(place - place[:, None] + size - 1)",
-        ),
-        (
             "wrapping windows are shifted the other way",
             "torch.where(place < n, (place + shift) % n, place)",
             "torch.where(place < n, (place - shift) % n, place)",
@@ -171,11 +166,6 @@ FAULTS = {
             "empty places take the NaN of another token, by multiplying it with zero",
             "return pick(torch.cat([tokens, zero], 1), torch.where(index < 0, tokens.shape[1], index))",
             "return pick(tokens, index.clamp(min=0)) * (index >= 0).view(*index.shape, *[1] * (tokens.dim() - 2))",
-        ),
-        (
-            "real tokens with a hole between them are taken for a rectangle",
-            "if not torch.compiler.is_compiling() and not valid.is_meta and not torch.equal(inside, valid):",
-            "if False:",
         ),
     ),
 }

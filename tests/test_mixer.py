@@ -264,7 +264,7 @@ FAULTS = {
         (
             "a fast path that makes its own values is given padding that nobody zeroes",
             'if "values" in self._takes["fast"] else ()',
-            'if True else ()',
+            "if True else ()",
         ),
         (
             "values are made for a fast path that makes its own",

@@ -182,40 +182,49 @@ def test_weights_hold_one_window_for_each_query(build, tokens):
 REFUSES = ("WindowAttention: valid was given, mask_padding=False lets padding be seen",)
 
 # planted by scripts/mutate
-FAULTS = (
-    (
-        "the definition sees across regions",
-        "seen = windows.together()[window, place]",
-        "seen = torch.ones_like(windows.together())[window, place]",
+FAULTS = {
+    "mixers/window_attention.py": (
+        (
+            "the definition sees across regions",
+            "seen = windows.together()[window, place]",
+            "seen = torch.ones_like(windows.together())[window, place]",
+        ),
+        (
+            "the fast path sees empty places",
+            "seen = (sources >= 0)[:, :, None] & windows.together()",
+            "seen = (sources >= -1)[:, :, None] & windows.together()",
+        ),
+        (
+            "all heads have the first one's bias",
+            "[windows.offsets(self._window)].movedim(-1, 0)",
+            "[windows.offsets(self._window)][..., :1].movedim(-1, 0)",
+        ),
+        (
+            "padding is taken without a word where it would be seen",
+            "if valid is not None and not self.mask_padding:",
+            "if False:",
+        ),
+        (
+            "the cost leaves out the padded keys and values",
+            "math.prod(grid if self.mask_padding else self._padded_grid(grid))",
+            "math.prod(grid)",
+        ),
+        (
+            "positions of a subset of the queries are those of the first",
+            "places if queries is None else places[queries]",
+            "places if queries is None else places[: len(queries)]",
+        ),
+        (
+            "the first length of a window is taken for that of the columns",
+            'self._window = per_axis("window_size", window_size, rank)',
+            'self._window = per_axis("window_size", window_size, rank)[::-1]',
+        ),
     ),
-    (
-        "the fast path sees empty places",
-        "seen = (sources >= 0)[:, :, None] & windows.together()",
-        "seen = (sources >= -1)[:, :, None] & windows.together()",
+    "arguments.py": (
+        (
+            "real tokens with a hole between them are taken for a rectangle",
+            "if not torch.compiler.is_compiling() and not valid.is_meta and not torch.equal(inside, valid):",
+            "if False:",
+        ),
     ),
-    (
-        "all heads have the first one's bias",
-        "[windows.offsets(self._window)].movedim(-1, 0)",
-        "[windows.offsets(self._window)][..., :1].movedim(-1, 0)",
-    ),
-    (
-        "padding is taken without a word where it would be seen",
-        "if valid is not None and not self.mask_padding:",
-        "if False:",
-    ),
-    (
-        "the cost leaves out the padded keys and values",
-        "math.prod(grid if self.mask_padding else self._padded_grid(grid))",
-        "math.prod(grid)",
-    ),
-    (
-        "positions of a subset of the queries are those of the first",
-        "places if queries is None else places[queries]",
-        "places if queries is None else places[: len(queries)]",
-    ),
-    (
-        "the first length of a window is taken for that of the columns",
-        'self._window = per_axis("window_size", window_size, rank)',
-        'self._window = per_axis("window_size", window_size, rank)[::-1]',
-    ),
-)
+}

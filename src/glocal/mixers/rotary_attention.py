@@ -10,7 +10,7 @@ from glocal.aggregation import Aggregation
 from glocal.arguments import extents, flag, one_of, per_axis
 from glocal.mixer import Cache
 from glocal.mixers._attention import Attention
-from glocal.mixers.self_attention import check_cache, mixed_from_all, softmax_of_all
+from glocal.mixers.self_attention import mixed_from_all, softmax_of_all
 from glocal.positions.rotary import PAIRINGS, Pairing, check_head_dim, rotary_angles, rotate
 
 
@@ -128,8 +128,6 @@ class RotaryAttention(Attention):
         self, x: Tensor, grid: Sequence[int] | None, valid: Tensor | None, cache: Cache | None
     ) -> tuple[Tensor, Tensor]:
         """[B, N, G, D] each, turned; queries scaled."""
-        if cache is not None:
-            check_cache(self, x)
         grid = tuple(x.shape[1:-1] if grid is None else grid)
         prefix = math.prod(x.shape[1:-1]) - math.prod(grid)
         size = None
