@@ -376,6 +376,19 @@ def test_without_padding_valid_changes_nothing_in_training():
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
 
 
+def test_a_network_with_padding_compiles_and_exports():
+    """In one graph; the program then runs at another length."""
+    net = backbone("C-DepthwiseConv-SelfAttention", img_size=(32,), strides=(2, 1, 2)).eval()
+    x, valid = torch.randn(2, 1, 32), torch.arange(32) < torch.tensor([32, 13])[:, None]
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, valid), net(x, valid))
+    torch.testing.assert_close(compiled(x), net(x))
+    axes = {"x": {2: torch.export.Dim.DYNAMIC}, "valid": {1: torch.export.Dim.DYNAMIC}}
+    program = torch.export.export(net, (x, valid), dynamic_shapes=axes).module()
+    torch.testing.assert_close(program(x[..., :21], valid[:, :21]), net(x[..., :21], valid[:, :21]))
+
+
 def test_valid_has_the_shape_of_the_samples():
     net = backbone("C-T", img_size=(24,))
     with pytest.raises(ValueError, match=r"Backbone: valid has shape \(2, 12\).*needs \(2, 24\)"):

@@ -264,7 +264,8 @@ class Stage(nn.Sequential):
     @property
     def stride(self) -> int:
         """Of all blocks together."""
-        return math.prod(block.stride for block in self)  # type: ignore[misc]
+        strides: list[int] = [block.stride for block in self]  # type: ignore[misc]
+        return math.prod(strides)
 
     def forward(self, x: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
         for block in self:

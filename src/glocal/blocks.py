@@ -324,7 +324,9 @@ class MBConv(nn.Module):
 
 def strided(valid: torch.Tensor | None, stride: int) -> torch.Tensor | None:
     """Which tokens are real after a stride: [B, *S] -> [B, *ceil(S / stride)]."""
-    return None if valid is None else valid[(slice(None), *(slice(None, None, stride),) * (valid.ndim - 1))]
+    if valid is None:
+        return None
+    return valid[(slice(None), *(slice(None, None, stride),) * (valid.ndim - 1))].contiguous()
 
 
 def normed(norm: nn.Module, x: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
