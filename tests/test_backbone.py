@@ -336,6 +336,22 @@ def test_padding_leaves_signals_alone_through_the_whole_network(layout, options)
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("operator", glocal.available())
+def test_every_operator_takes_padded_signals_or_says_so(operator):
+    specs = [spec for spec in getattr(glocal.mixers, operator).examples if contract.fits(spec, (50,))]
+    if operator in NO_ENTRIES or not specs:
+        return
+    net = random(backbone(f"C-{entry(operator)}-C", img_size=(50,), dims=(32, 64, 64), strides=(1, 2, 1))).eval()
+    x, valid = torch.randn(2, 1, 50, dtype=torch.float64), torch.arange(50) < torch.tensor([50, 27])[:, None]
+    try:
+        scores = net(x.masked_fill(~valid[:, None], torch.nan), valid)
+    except ValueError as error:
+        assert str(error).startswith(f"{operator}: ") and "padding" in str(error)
+        return
+    alone = torch.cat([net(x[:1]), net(x[1:, :, :27])])
+    torch.testing.assert_close(scores, alone, rtol=1e-9, atol=1e-10)
+
+
 @pytest.mark.parametrize("pool", ["max", "avg"])
 def test_padding_leaves_images_alone_through_the_whole_network(pool):
     net = backbone("C-NeighborhoodAttention(kernel_size=3)-T", img_size=24, strides=(2, 1, 2), conv={"pool": pool})
