@@ -50,6 +50,7 @@ BELOW = {
     "summary": ["runs", "statistics"],
     "plan": ["candidates", "summary"],
     "compare": ["plan", "running", "report"],
+    "recall": ["blocks", "checkpoint", "config", "data", "progress", "report"],
 }
 TOP = {"cli", "__init__", "__main__"}
 

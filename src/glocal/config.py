@@ -240,6 +240,32 @@ class CheckDataCommand:
 
 
 @dataclass(frozen=True)
+class RecallCommand:
+    """Trains small networks to answer a question from another token of a sequence, and shows accuracy by distance."""
+
+    mixers: tuple[str, ...] = (
+        "DepthwiseConv(kernel_size=15, rank=1)",
+        "DynamicConv(kernel_size=15, num_heads=4, rank=1)",
+        "LSTM(bidirectional=True)",
+        "MultiScaleAttention(num_heads=4, rank=1)",
+        "SelfAttention(num_heads=4)",
+    )
+    """Operators for sequences, one network for each."""
+
+    length: int = 48
+    """Tokens of a sequence."""
+
+    steps: int = 1500
+    """Training steps of 128 sequences."""
+
+    seeds: int = 3
+    """How often to train each: with the seeds 0, 1, ..."""
+
+    out: Path = Path("glocal-recall")
+    """Folder for report.html, results.json and the runs. Runs that are finished there are not repeated."""
+
+
+@dataclass(frozen=True)
 class ListCommand:
     """All operators: the weights they store at batch 2 on 8 x 8 tokens, and what is measured of them."""
 

@@ -116,6 +116,31 @@ def predict_command(name: str, arguments: Sequence[str]) -> int:
     return 0
 
 
+def recall_command(name: str, arguments: Sequence[str]) -> int:
+    """`glocal recall`."""
+    from glocal.config import RecallCommand
+
+    command = parse(RecallCommand, name, arguments)
+    if command is None:
+        return 0
+    from glocal.recall import recall_by_distance
+
+    kept = f"finished runs are kept in {str(command.out)!r}; the same command continues"
+    with said_in_one_line(name, kept):
+        results = recall_by_distance(command)
+    rows = [("operator", "near half, %", "far half, %", "reach")]
+    half = results["length"] // 2
+    for each in results["operators"]:
+        shares = [
+            100 * sum(sum(right[part]) for right in each["right"]) / (sum(each["tested"][part]) * results["seeds"])
+            for part in (slice(half), slice(half, None))
+        ]
+        rows.append((each["mixer"], *(f"{share:.1f}" for share in shares), str(each["reach"])))
+    print_table(rows)
+    print(f"\nreport: {command.out / 'report.html'}\nnumbers: {command.out / 'results.json'}")
+    return 0
+
+
 def check_data_command(name: str, arguments: Sequence[str]) -> int:
     """`glocal check-data`; exit code 1 where something is wrong."""
     from glocal.config import CheckDataCommand
