@@ -32,7 +32,6 @@ FAULTS = (
     ),
     ("the fast path with content sees padding", "bias = masked(", "masked("),
     ("the fast path without content sees padding", "values, x.shape[1:-1], valid)", "values, x.shape[1:-1], None)"),
-    ("the last size of the table is refused", "if n > size:", "if n >= size:"),
     ("the position is lost where there is content", 'scores["content"] = torch', 'scores["position"] = torch'),
 )
 

@@ -478,10 +478,9 @@ FAULTS = {
             "for start in range(0, count, size)]\n    if",
             "for start in range(0, count - size, size)]\n    if",
         ),
-        (
-            "tables are resized to the grid's own middle",
-            "(2 * entry + 1) * old - new",
-            "2 * entry * old",
-        ),
+    ),
+    "positions/relative.py": (
+        ("tables are resized to the grid's own middle", "(2 * entry + 1) * entries - new", "2 * entry * entries"),
+        ("an image's table is that of the batch's size", "- within + lengths", "- within + lengths.max()"),
     ),
 }

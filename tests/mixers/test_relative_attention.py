@@ -222,13 +222,13 @@ FAULTS = (
     ),
     (
         "the bias is that of all queries",
-        "return relative_bias(table, grid, queries=queries)",
-        "return relative_bias(table, grid)",
+        "resized_bias(table, grid), grid, queries=queries)",
+        "resized_bias(table, grid), grid)",
     ),
     (
         "a padded image gets the table of the batch's size",
-        "self._bias_at(size, grid, queries) for size",
-        "self._bias_at(grid, grid, queries) for size",
+        "resized_bias_of_each(table, extents(valid), grid)",
+        "resized_bias_of_each(table, extents(torch.ones_like(valid)), grid)",
     ),
     (
         "the bias after the softmax gives padding a weight",

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from glocal.positions.relative import offsets_between
+
 ENTRIES = 2**22  # of a map that are formed at once: 16 MiB in float32
 BLOCK = 64  # keys at least that are multiplied together
 
@@ -74,19 +76,9 @@ class _InChunks(torch.autograd.Function):
 
 
 def resized(table: Tensor, lengths: Tensor, within: int) -> Tensor:
-    """[L, C] resized linearly to 2 * length - 1 entries for each length [B], in the middle of 2 * within - 1.
-
-    As torch.nn.functional.interpolate does, but places are whole numbers: in float32 those in a long table are rounded
-    by more than anything else here. Offsets that only padding has get the entry nearest to theirs.
-    """
-    old, lengths = table.shape[0], lengths.clamp(min=1)[:, None]
-    new = 2 * lengths - 1
-    entry = torch.arange(2 * within - 1, device=table.device) - within + lengths
-    entry = torch.minimum(entry.clamp(min=0), new - 1)
-    place = ((2 * entry + 1) * old - new).clamp(min=0)  # in 1 / (2 * new)
-    low = place // (2 * new)
-    share = (place - low * 2 * new).to(torch.promote_types(table.dtype, torch.float32)) / (2 * new)
-    return table[low].lerp(table[(low + 1).clamp(max=old - 1)], share.to(table.dtype)[..., None])
+    """[L, C] resized linearly to 2 * length - 1 entries for each length [B], in the middle of 2 * within - 1."""
+    low, high, share = offsets_between(table.shape[0], lengths, within)
+    return table[low].lerp(table[high], share.to(table.dtype)[..., None])
 
 
 # Offsets in a sequence: rows are in reverse order, so that row r reads entries r, r + 1, ... of a table.

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from glocal.aggregation import Aggregation, grid_positions
 from glocal.arguments import extents, flag, per_axis
@@ -18,7 +18,7 @@ from glocal.mixers._attention import (
     sum_of,
     table_parameter,
 )
-from glocal.positions.relative import relative_bias, resized_bias
+from glocal.positions.relative import relative_bias, resized_bias, resized_bias_of_each
 
 
 class RelativeAttention(Attention):
@@ -137,18 +137,9 @@ class RelativeAttention(Attention):
 
     def _bias(self, x: Tensor, valid: Tensor | None, queries: Tensor | None) -> Tensor:
         """[B|1, heads, N, N]: the table at this size, or at each image's own."""
-        grid = tuple(x.shape[1:-1])
+        grid, table = tuple(x.shape[1:-1]), self.relative_position_bias_table
+        assert table is not None
         if valid is None:
-            return self._bias_at(grid, grid, queries)[None]
-        sizes = [tuple(size) for size in extents(valid).tolist()]
-        at = {size: self._bias_at(size, grid, queries) for size in sizes}
-        return torch.stack([at[size] for size in sizes])
-
-    def _bias_at(self, size: Sequence[int], grid: Sequence[int], queries: Tensor | None) -> Tensor:
-        """[heads, N, N] on `grid`, with the table resized for `size`, which lies inside it."""
-        assert self.relative_position_bias_table is not None
-        table = resized_bias(self.relative_position_bias_table, [max(n, 1) for n in size])
-        # offsets that only padding has: any entry will do
-        beyond = [n - max(s, 1) for n, s in zip(grid, size, strict=True)]
-        table = nn.functional.pad(table, [more for end in reversed(beyond) for more in (end, end)])
-        return relative_bias(table, grid, queries=queries)
+            return relative_bias(resized_bias(table, grid), grid, queries=queries)[None]
+        tables = resized_bias_of_each(table, extents(valid), grid)
+        return relative_bias(tables.flatten(0, 1), grid, queries=queries).unflatten(0, tables.shape[:2])

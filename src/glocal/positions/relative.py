@@ -88,6 +88,53 @@ def resized_bias(table: Tensor, grid: Sequence[int], *, mode: Mode = "bilinear")
     return (image[:, 0] if rank == 1 else image).to(table.dtype)
 
 
+def offsets_between(entries: int, lengths: Tensor, within: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where a table of `entries` offsets is read for images of different lengths in one batch.
+
+    Args:
+        entries: L, of the table; it is resized linearly to 2 * length - 1.
+        lengths: int64 [B], of each image along this axis.
+        within: n, of the batch: entries for its 2 * n - 1 offsets are returned, in order. Offsets that only padding
+            has are those nearest to the image's own.
+
+    Returns:
+        The entries below and above, int64 [B, 2n - 1], and the share of the one above, float64 [B, 2n - 1]. As
+        torch.nn.functional.interpolate has it, but places are whole numbers until the last division: in float32 those
+        in a long table would be rounded by more than anything else.
+    """
+    lengths = lengths.clamp(min=1)[:, None]
+    new = 2 * lengths - 1
+    entry = torch.arange(2 * within - 1, device=lengths.device) - within + lengths
+    entry = torch.minimum(entry.clamp(min=0), new - 1)
+    place = ((2 * entry + 1) * entries - new).clamp(min=0)  # in 1 / (2 * new)
+    low = place // (2 * new)
+    share = (place - low * 2 * new).double() / (2 * new)
+    return low, (low + 1).clamp(max=entries - 1), share
+
+
+def resized_bias_of_each(table: Tensor, sizes: Tensor, grid: Sequence[int]) -> Tensor:
+    """`resized_bias`, bilinear, for images of different sizes in one batch.
+
+    Args:
+        table: one number for each head and offset, [G, *(2*grid_size - 1)].
+        sizes: int64 [B, rank], of each image.
+        grid: that of the batch, which holds all of them.
+
+    Returns:
+        [B, G, *(2*grid - 1)], in the table's dtype.
+    """
+    found = table.to(torch.promote_types(table.dtype, torch.float32)).expand(len(sizes), *table.shape)
+    for axis, n in enumerate(grid):
+        low, high, share = (
+            t.view(len(sizes), *[1] * (axis + 1), 2 * n - 1, *[1] * (len(grid) - axis - 1))
+            for t in offsets_between(found.shape[axis + 2], sizes[:, axis], n)
+        )
+        shape = [*found.shape[: axis + 2], 2 * n - 1, *found.shape[axis + 3 :]]
+        below, above = (found.gather(axis + 2, t.expand(shape)) for t in (low, high))
+        found = below.lerp(above, share.to(found.dtype))
+    return found.to(table.dtype)
+
+
 def relative_bias(table: Tensor, grid: Sequence[int], *, queries: Tensor | None = None) -> Tensor:
     """A table of offsets laid out as biases of scores: [G, *(2*grid - 1)] -> [G, N, N].
 
