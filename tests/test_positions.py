@@ -1,5 +1,6 @@
 """Encodings of places against loops from their formulas, timm's functions, and transformers' DETR where it is there."""
 
+import copy
 import itertools
 import math
 
@@ -644,6 +645,15 @@ def test_sixteen_bits_cost_one_rounding(encode, grid, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tables_in_sixteen_bits_are_resized_in_float32(dtype):
+    table, bias = torch.randn(1, 1 + 20, 8).to(dtype), torch.randn(3, 7, 9).to(dtype)
+    found = resized_positions(table, (4, 5), (7, 3), num_prefix=1)
+    expected = resized_positions(table.float(), (4, 5), (7, 3), num_prefix=1)
+    assert_close(found, expected.to(dtype), rtol=0, atol=0)
+    assert_close(resized_bias(bias, (6, 3)), resized_bias(bias.float(), (6, 3)).to(dtype), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("pairing", PAIRINGS)
 def test_sixteen_bit_rotations_cost_one_rounding(pairing, dtype):
     q = float64(1, 2, 3000, 16).to(dtype)
@@ -700,6 +710,21 @@ def test_one_rotation_for_every_size(reference):
     for grid in ((9, 16), (4, 4)):
         q = torch.randn(2, *grid, 8)
         assert_close(program(q), call(q), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("encode", "grid"), ALL, ids=repr)
+def test_all_is_made_on_the_device_of_the_tokens(encode, grid):
+    """A meta tensor mixes with no other: one made elsewhere would raise."""
+    x = torch.randn(2, *grid, 8, device="meta")
+    valid = torch.ones(2, *grid, dtype=torch.bool, device="meta")
+    encode = copy.deepcopy(encode).to("meta")
+    assert encode(x).device.type == "meta"
+    if not getattr(encode, "resize", False):
+        assert encode(x, valid=valid).shape[1:] == x.shape[1:]
+    bias = RelativePositionBias(grid, 2).to("meta")
+    assert bias(tuple(n + 1 for n in grid)).device.type == "meta"
+    angles = rotary_angles(grid, 8, grid_size=grid, device="meta")
+    assert rotate(x.flatten(1, -2), angles).shape == x.flatten(1, -2).shape
 
 
 def test_encodings_without_parameters_have_no_state():
@@ -778,7 +803,11 @@ FAULTS = {
         ("cosines come before sines", "both = angle.sin(), angle.cos()", "both = angle.cos(), angle.sin()"),
         ("fairseq's rule is Vaswani's", '(half if frequencies == "vaswani" else half - 1)', "half"),
         ("frequencies rise", "temperature**-share", "temperature**share"),
-        ("angles are in the dtype of the tokens", "angle = places.to(dtype)", "angle = places"),
+        (
+            "frequencies are in the dtype of the places",
+            "torch.arange(half, device=places.device).to(dtype)",
+            "torch.arange(half, device=places.device).to(places.dtype)",
+        ),
         (
             "places are in the dtype of the tokens",
             "return torch.promote_types(x.dtype, torch.float32)",
@@ -927,6 +956,10 @@ FAULTS = {
             "places / _as_tensor(grid, places) * reference",
         ),
         ("an odd head is rounded down", "if head_dim % (2 * rank):", "if False:"),
-        ("rotations are in 16 bits", "t.to(torch.promote_types(t.dtype, angles.dtype))", "t"),
+        (
+            "rotations are in 16 bits",
+            "cos, sin = angles.cos(), angles.sin()",
+            "cos, sin = angles.to(t.dtype).cos(), angles.to(t.dtype).sin()",
+        ),
     ),
 }

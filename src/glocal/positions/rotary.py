@@ -94,9 +94,8 @@ def rotate(t: Tensor, angles: Tensor, *, pairing: Pairing = "interleaved") -> Te
     one_of("pairing", pairing, PAIRINGS)
     if t.shape[-1] != 2 * angles.shape[-1]:
         raise ValueError(f"angles: for {angles.shape[-1]} pairs, t has {t.shape[-1]} channels; they need half as many")
-    wide = t.to(torch.promote_types(t.dtype, angles.dtype))
     cos, sin = angles.cos(), angles.sin()
-    a, b = wide.unflatten(-1, (-1, 2)).unbind(-1) if pairing == "interleaved" else wide.chunk(2, -1)
+    a, b = t.unflatten(-1, (-1, 2)).unbind(-1) if pairing == "interleaved" else t.chunk(2, -1)
     turned = a * cos - b * sin, a * sin + b * cos
     out = torch.stack(turned, -1).flatten(-2) if pairing == "interleaved" else torch.cat(turned, -1)
     return out.to(t.dtype)

@@ -48,7 +48,7 @@ def sinusoids(
     half = dim // 2
     dtype = torch.promote_types(places.dtype, torch.float32)
     share = torch.arange(half, device=places.device).to(dtype) / (half if frequencies == "vaswani" else half - 1)
-    angle = places.to(dtype)[..., None] * temperature**-share
+    angle = places[..., None] * temperature**-share
     both = angle.sin(), angle.cos()
     return torch.stack(both, -1).flatten(-2) if layout == "interleaved" else torch.cat(both, -1)
 
