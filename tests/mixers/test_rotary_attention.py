@@ -193,7 +193,7 @@ def test_calls_that_make_no_sense_are_refused(build, tokens):
         build(spec_of(num_heads=8), DIM)(x)
     with pytest.raises(ValueError, match="does not take source"):
         build(spec_of(), DIM)(x, x)
-    with pytest.raises(ValueError, match=r"RotaryAttention: cache was given; it needs causal=True"):
+    with pytest.raises(ValueError, match=r"RotaryAttention: cache was given; it needs a causal operator"):
         build(spec_of(), DIM)(x[:, 0], cache=glocal.Cache())
     with pytest.raises(ValueError, match=r"built for rank 1, x has a grid of rank 2, \(3, 4\)"):
         build(spec_of(grid_size=(7,)), DIM)(x)
