@@ -5,26 +5,42 @@ import torch
 from torch import nn
 
 import glocal
-from glocal.analysis.connectivity import Connectivity, connections, connectivity, jacobian
+from glocal.analysis.connectivity import Connectivity, connections, connectivity
+from glocal.analysis.jacobian import jacobian
 
-FAULTS = (
-    ("everything is read", "found.abs().amax((0, 2, 4)) > SAME", "found.abs().amax((0, 2, 4)) >= 0"),
-    (
-        "weights are not held still",
-        "operator.weights(x, **operator.besides(x)) if isinstance(operator, TokenMixer) else None",
-        "None",
+FAULTS = {
+    "analysis/connectivity.py": (
+        ("everything is read", "found.abs().amax((0, 2, 4)) > SAME", "found.abs().amax((0, 2, 4)) >= 0"),
+        ("borders count", "if bool(both.any()):", "if False:"),
+        ("sources move as many steps as outputs, whatever the stride", "move = step * stride", "move = step"),
+        ("windows are not looked for", "out_grid[axis] // 2 + 1", "2"),
+        ("channels that only P adds are a group", "[: min(found.shape[2], found.shape[4])]", ""),
+        ("products of blocks are not compared", "(y @ z - z @ y).abs().max()", "(y @ z - y @ z).abs().max()"),
+        ("blocks are compared as they are, with P in them", "y, z = y @ back, z @ back", "y, z = y, z"),
+        ("one axis decides what is far", "whole &= last", "whole |= last"),
+        ("a single block is no mixing of channels", "if itself:", "if False:"),
+        ("the picture is always of the first image", "found[[image, 1 - image]]", "found[[0, 1]]"),
+        ("makers in other places are its own token", "(made & ~torch.eye", "(made & torch.eye"),
+        ("makers that are not read do not count", "if (made & ~read).any() else", "if False else"),
+        ("patterns are those of the weights", "_shared(read.double()[None, :, None, :, None]", "_shared(found"),
     ),
-    ("the second image is the first", "_rows_of(call, x[b : b + 1])", "_rows_of(call, x[:1])"),
-    ("the second image has the weights of the first", "_held(operator, held, b)", "_held(operator, held, 0)"),
-    ("borders count", "if bool(both.any()):", "if False:"),
-    ("sources move as many steps as outputs, whatever the stride", "move = step * stride", "move = step"),
-    ("windows are not looked for", "out_grid[axis] // 2 + 1", "2"),
-    ("channels that only P adds are a group", "[: min(found.shape[2], found.shape[4])]", ""),
-    ("products of blocks are not compared", "(y @ z - z @ y).abs().max()", "(y @ z - y @ z).abs().max()"),
-    ("blocks are compared as they are, with P in them", "y, z = y @ back, z @ back", "y, z = y, z"),
-    ("one axis decides what is far", "whole &= last", "whole |= last"),
-    ("a single block is no mixing of channels", "if itself:", "if False:"),
-)  # fmt: skip
+    "analysis/jacobian.py": (
+        ("weights are not held still", "operator.weights(x) if isinstance(operator, TokenMixer) else None", "None"),
+        ("the second image has the weights of the first", "held.dense(), index", "held.dense()[:1], index"),
+        ("rows are of the first image only", "picked[torch.arange(len(some)), :, some] = 1", "picked[torch.arange(len(some)), 0, some] = 1"),
+        ("no token is replaced", "images[torch.arange(m), torch.arange(m)] = other", "pass"),
+        ("one image says which tokens make weights", "return made[0] | made[1]", "return made[0] & made[1]"),
+        ("outputs and tokens are swapped", "seen.abs().max()).T", "seen.abs().max())"),
+    ),
+    "analysis/rank.py": (
+        ("a rank is never low", "if pivots.min() > PIVOT", "if pivots.min() >= 0 * PIVOT"),
+        ("small singular values are none", "max(matrix.shape) * EPS", "1e-3"),
+        ("the channels that pass are not counted", " // channel_rank(found[None])", " // 1"),
+        ("only what is written limits channels", "min(_rank_of_many(read), _rank_of_many(written))", "_rank_of_many(written)"),
+        ("only what is read limits channels", "min(_rank_of_many(read), _rank_of_many(written))", "_rank_of_many(read)"),
+        ("blocks are torn apart", "found.transpose(2, 3).flatten(3)", "found.flatten(3)"),
+    ),
+}  # fmt: skip
 
 # positions, channels, shared over positions, over channels, groups, dynamic: columns of the table, at 16 channels
 CASES = {
@@ -214,6 +230,77 @@ def test_text_is_one_line():
         "itself (1 of 3 positions), channels dense, weights shared by all positions, "
         "own for each pair of channels, static, by the whole Jacobian"
     )
+
+
+# which tokens make the weights, at most how many, rank over positions and channels, channel matrices; by hand
+OTHERS = {
+    "DepthwiseConv(kernel_size=3)": ("nothing", 0, 64, 16, 9),  # one matrix for each offset: fewer than channels
+    "Convolution(kernel_size=3)": ("nothing", 0, 64, 16, 9),
+    "SelfAttention(num_heads=4)": ("what it reads", 64, 64, 16, 4),
+    "WindowAttention(window_size=4, num_heads=4)": ("what it reads", 16, 64, 16, 4),
+    "NeighborhoodAttention(kernel_size=3, num_heads=2)": ("what it reads", 9, 64, 16, 2),
+    "Involution(kernel_size=3, group_channels=8)": ("itself", 1, 64, 16, 2),
+    "DynamicDepthwiseConv(kernel_size=3)": ("more than it reads", 64, 64, 16, 16),
+    "OutlookAttention(kernel_size=3, num_heads=4)": ("some of what it reads", 9, 64, 16, 4),
+    "MaxPooling()": ("more than it reads", 9, None, 16, 16),
+    "LinearAttention(num_heads=4)": ("what it reads", 64, 4, 16, 4),  # four numbers between queries and keys
+    "SpatialReductionAttention(num_heads=4, sr_ratio=2)": ("what it reads", 64, 15, 16, 256),
+}
+
+
+@pytest.mark.parametrize("spec", OTHERS)
+def test_what_makes_the_weights_and_how_much_passes(spec):
+    torch.manual_seed(0)
+    found = connectivity(glocal.build(spec, 16))
+    made_by, makers, positions, channels, matrices = OTHERS[spec]
+    assert (found.made_by, found.makers) == (made_by, makers)
+    assert found.rank_positions == positions or (positions is None and found.low_rank_positions)
+    assert (found.rank_channels, found.matrices) == (channels, matrices)
+    assert found.low_rank_positions == (found.rank_positions < 64) and not found.low_rank_channels
+
+
+@pytest.mark.parametrize(
+    ("module", "grid", "ranks"),
+    [  # rank over positions and channels, channel matrices
+        (Full(6, 5), (6,), (6, 5, 25)),
+        (MixPositions(torch.rand(12, 2) @ torch.rand(2, 12)), (3, 4), (12, 5, 1)),  # noise is added to the matrix
+        (nn.Sequential(nn.Linear(5, 2), nn.Linear(2, 5)), (6,), (6, 2, 1)),
+        (after(glocal.build("DepthwiseConv(kernel_size=3)", 5), nn.Linear(5, 2)), (5, 6), (30, 2, 5)),
+        (ChannelsFirst(nn.AvgPool1d(2)), (8,), (4, 5, 1)),
+        (Axes(), (6, 7), (12, 5, 1)),
+    ],
+)
+def test_ranks_of_modules_whose_rank_is_known(module, grid, ranks):
+    found = connectivity(module, grid, dim=5)
+    assert (found.rank_positions, found.rank_channels, found.matrices) == ranks
+    assert found.all_matrices == isinstance(module, Full)
+    assert found.low_rank_channels == (found.rank_channels < found.num_channels)
+
+
+@pytest.mark.parametrize(
+    ("spec", "pattern"),
+    [
+        ("NeighborhoodAttention(kernel_size=3, num_heads=2)", "yes"),
+        ("Involution(kernel_size=3, group_channels=8)", "yes"),
+        ("WindowAttention(window_size=4, num_heads=4)", "periodically"),
+        ("SelfAttention(num_heads=4)", "yes"),
+    ],
+)
+def test_what_is_read_has_a_pattern_of_its_own(spec, pattern):
+    assert connectivity(glocal.build(spec, 16)).pattern_over_positions == pattern
+
+
+def test_weights_that_an_ordinary_module_makes_are_found_in_its_jacobian():
+    class Gated(nn.Module):
+        """A mean of three neighbours times the token to the right."""
+
+        def forward(self, x):
+            mean = nn.functional.avg_pool1d(x.movedim(-1, 1), 3, 1, 1).movedim(1, -1)
+            return mean.detach() * 0 + mean * x.roll(-1, 1)
+
+    found = connectivity(Gated(), (8,), dim=2)
+    # the factor makes the weights of the mean; the mean makes that of the factor: all three and the one to the right
+    assert (found.made_by, found.makers) == ("what it reads", 3)
 
 
 def test_a_module_that_does_not_say_its_channels_is_refused():

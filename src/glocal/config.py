@@ -275,6 +275,10 @@ class ListCommand:
     html: Path | None = None
     """A file to write: a page with a picture of what each operator connects."""
 
+    graph: Path | None = None
+    """A file to write: a page that explains in pictures, in English and Chinese, how operators are related; and two
+    more tables, in which operator stands where and what each step between them changes."""
+
 
 @dataclass(frozen=True)
 class CheckOperatorCommand:

@@ -6,21 +6,20 @@ measured: nothing is taken from what an operator says of itself.
 Shape letters: B images, N outputs, M inputs (positions of the grids), C channels in, E channels out.
 """
 
-import copy
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from glocal.aggregation import Aggregation, aggregate
+from glocal.analysis.jacobian import prepared
+from glocal.analysis.rank import channel_rank, num_matrices, position_rank
 from glocal.mixer import TokenMixer
 
 SAME = 1e-7  # relative to the largest entry: what is equal, and what is zero, in float64
 SAME_EIGENVALUE = 1e-5  # of matrices that are inverted on the way
-ROWS = 128  # of the Jacobian at a time
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,18 @@ class Connectivity:
             positions; "per position".
         frozen: whether the weights were held still, as they are where a token mixer's Jacobian is taken. Otherwise
             the paths through which the input makes the weights are in it too.
+        pattern_over_positions: as `shared_over_positions`, of what is read instead of the weights: "yes" if an output
+            reads the same offsets wherever it stands, "periodically" where there are windows.
+        made_by: the tokens that the weights of an output change with: "nothing", "itself" (the token in its place),
+            "some of what it reads", "what it reads", all of that and nothing else, or "more than it reads".
+        makers: how many these are at most.
+        num_outputs: N.
+        rank_positions: how many positions' worth of numbers of an image pass through the operator: the rank of the
+            Jacobian of one image for each channel that passes, rounded up.
+        num_channels: C or E, the smaller.
+        rank_channels: how many channels pass: of the input, or of the output if these are fewer.
+        matrices: how many channel matrices the blocks of the Jacobian are combinations of.
+        all_matrices: whether these are C*E, so that any may stand anywhere, as in a linear layer over the image.
     """
 
     positions: Literal["itself", "local", "sparse", "global"]
@@ -53,6 +64,25 @@ class Connectivity:
     groups: int | None
     dynamic: Literal["no", "per image", "per position"]
     frozen: bool
+    pattern_over_positions: Literal["yes", "periodically", "no"]
+    made_by: Literal["nothing", "itself", "some of what it reads", "what it reads", "more than it reads"]
+    makers: int
+    num_outputs: int
+    rank_positions: int
+    num_channels: int
+    rank_channels: int
+    matrices: int
+    all_matrices: bool
+
+    @property
+    def low_rank_positions(self) -> bool:
+        """Whether fewer positions' worth of numbers pass than there are."""
+        return self.rank_positions < min(self.num_positions, self.num_outputs)
+
+    @property
+    def low_rank_channels(self) -> bool:
+        """Whether fewer channels pass than there are."""
+        return self.rank_channels < self.num_channels
 
     def __str__(self) -> str:
         """One line."""
@@ -72,7 +102,9 @@ class Connectivity:
                 f"channels {self.channels}",
                 f"weights {over[self.shared_over_positions]}",
                 among[self.shared_over_channels],
-                "static" if self.dynamic == "no" else f"dynamic {self.dynamic}",
+                "static" if self.dynamic == "no" else f"dynamic {self.dynamic}, made by {self.made_by}",
+                *([f"rank {self.rank_positions} over positions"] if self.low_rank_positions else []),
+                *([f"rank {self.rank_channels} over channels"] if self.low_rank_channels else []),
                 *([] if self.frozen else ["by the whole Jacobian"]),
             ]
         )
@@ -89,18 +121,21 @@ def connectivity(operator: nn.Module, grid: Sequence[int] | None = None, *, dim:
             twice as long to see it repeat.
         dim: C; the operator's own `dim` by default.
 
-    Cost: two Jacobians, of N*E forward and backward passes each; 2*N*E*M*C numbers (16 MiB at 8x8 and 16 channels).
+    Cost: two Jacobians, of N*E backward passes each; 2*N*E*M*C numbers (16 MiB at 8x8 and 16 channels); and the
+    weights of 2*M + 2 images.
 
     Raises:
         ValueError: an operator without `dim` where none is given.
     """
-    found, out_grid, grid = _jacobian(operator, grid, dim)
+    run = prepared(operator, grid, dim=dim)
+    found, out_grid, grid = run.jacobian(), run.out_grid, run.grid
     found = found / found.abs().max().clamp(min=torch.finfo(found.dtype).tiny)
     read = found.abs().amax((0, 2, 4)) > SAME  # [N, M]
     positions = _positions(read, out_grid, grid)
     groups = _groups(found, itself=positions == "itself")
     shared = _shared(found, read, out_grid, grid)
     changes = bool((found[0] - found[1]).abs().max() > SAME)
+    made, matrices = run.makers(), num_matrices(found)
     return Connectivity(
         positions=positions,
         reads=int(read.sum(1).max()),
@@ -111,24 +146,26 @@ def connectivity(operator: nn.Module, grid: Sequence[int] | None = None, *, dim:
         groups=groups,
         dynamic="no" if not changes else "per position" if shared == "no" else "per image",
         frozen=isinstance(operator, TokenMixer),
+        pattern_over_positions=_shared(read.double()[None, :, None, :, None], read, out_grid, grid),
+        made_by=_made_by(made, read, alike=out_grid == grid),
+        makers=int(made.sum(1).max()),
+        num_outputs=math.prod(out_grid),
+        rank_positions=position_rank(found[0]),
+        num_channels=min(found.shape[2], found.shape[4]),
+        rank_channels=channel_rank(found),
+        matrices=matrices,
+        all_matrices=matrices == found.shape[2] * found.shape[4],
     )
 
 
-def jacobian(operator: nn.Module, grid: Sequence[int] | None = None, *, dim: int | None = None) -> Tensor:
-    """What every output channel takes from every input channel: [2, N, E, M, C]; arguments as `connectivity`.
-
-    The weights of a token mixer are held still: it is d project(aggregate(A, values(x))) / dx.
-    """
-    return _jacobian(operator, grid, dim)[0]
-
-
 def connections(
-    operator: nn.Module, grid: Sequence[int] = (8,), *, dim: int | None = None
+    operator: nn.Module, grid: Sequence[int] = (8,), *, dim: int | None = None, image: int = 0
 ) -> tuple[list[list[float]], list[list[float]]]:
     """How strongly outputs read inputs along the middle of the grid, and channels channels, for a picture.
 
     Args:
         operator, grid, dim: as `connectivity`.
+        image: 0 or 1, of the two that are measured.
 
     Returns:
         Positions along the last axis, through the middle of all others: one row for each output, one number for each
@@ -137,7 +174,9 @@ def connections(
         a diagonal, up to a common factor for each channel; else the root of the sum of squares over the positions
         that it reads.
     """
-    found, out_grid, grid = _jacobian(operator, grid, dim)
+    run = prepared(operator, grid, dim=dim)
+    found, out_grid, grid = run.jacobian(), run.out_grid, run.grid
+    found = found[[image, 1 - image]]
     block = found[0].permute(0, 2, 1, 3).unflatten(1, grid).unflatten(0, out_grid)  # [*S', *S, E, C]
     for axis, n in enumerate(out_grid[:-1]):
         block = block.select(0, n // 2).select(len(out_grid) - 1 - axis, grid[axis] // 2)
@@ -160,54 +199,6 @@ def _rounded(values: Tensor) -> Tensor:
     return values[new][new.cumsum(0) - 1]
 
 
-def _jacobian(
-    operator: nn.Module, grid: Sequence[int] | None, dim: int | None
-) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
-    """The Jacobian, and the shapes of its outputs and inputs."""
-    dim = getattr(operator, "dim", None) if dim is None else dim
-    if not isinstance(dim, int):
-        raise ValueError(f"dim: {type(operator).__name__} does not say its channels; give dim")
-    if grid is None:
-        grid = (16,) if getattr(operator, "rank", None) == 1 else (8, 8)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        operator = copy.deepcopy(operator).cpu().double().eval()
-        for parameter in operator.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-        x = torch.randn(2, *grid, dim, dtype=torch.float64)
-        held = operator.weights(x, **operator.besides(x)) if isinstance(operator, TokenMixer) else None
-        out_grid = tuple(operator(x).shape[1:-1]) if held is None else held.out_grid
-    images = []
-    for b in range(2):
-        call = operator if held is None else _held(operator, held, b)  # type: ignore[arg-type]
-        images.append(_rows_of(call, x[b : b + 1]))
-    found = torch.stack(images)
-    n, m = math.prod(out_grid), math.prod(grid)
-    return found.view(2, n, found.shape[1] // n, m, dim), out_grid, tuple(grid)
-
-
-def _held(mixer: TokenMixer, held: Aggregation, image: int) -> Callable[[Tensor], Tensor]:
-    """The mixer with its weights held at those of one image."""
-
-    dense = held.dense()  # few tokens: quicker than gathering, whose backward pass scatters
-    one = replace(held, weights=dense[image : image + 1] if dense.shape[0] > 1 else dense, index=None)
-    return lambda x: mixer.project(aggregate(one, mixer.values(mixer.besides(x).get("source", x))))
-
-
-def _rows_of(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The Jacobian of one image, [outputs, inputs]: a copy of the image for each output, all in one batch."""
-    with torch.no_grad():
-        outputs = call(x).numel()
-    rows = []
-    for start in range(0, outputs, ROWS):
-        some = torch.arange(start, min(start + ROWS, outputs))
-        copies = x.expand(len(some), *x.shape[1:]).clone().requires_grad_()
-        with torch.enable_grad():
-            picked = call(copies).flatten(1).gather(1, some[:, None]).sum()
-        rows.append(torch.autograd.grad(picked, copies)[0].flatten(1))
-    return torch.cat(rows)
-
-
 def _positions(
     read: Tensor, out_grid: Sequence[int], grid: Sequence[int]
 ) -> Literal["itself", "local", "sparse", "global"]:
@@ -226,6 +217,19 @@ def _positions(
     if not whole.any():
         return "local"
     return "global" if bool((read[whole].sum(1) > read.shape[1] / 2).any()) else "sparse"
+
+
+def _made_by(
+    made: Tensor, read: Tensor, *, alike: bool
+) -> Literal["nothing", "itself", "some of what it reads", "what it reads", "more than it reads"]:
+    """Which tokens make the weights, from which do and which are read, [N, M] each."""
+    if not made.any():
+        return "nothing"
+    if alike and not (made & ~torch.eye(len(made), dtype=torch.bool)).any():
+        return "itself"
+    if torch.equal(made, read):
+        return "what it reads"
+    return "more than it reads" if (made & ~read).any() else "some of what it reads"
 
 
 def _groups(found: Tensor, *, itself: bool) -> int | None:
@@ -263,7 +267,7 @@ def _shared(
     if len(out_grid) != rank:
         return "no"
     e, c = found.shape[2], found.shape[4]
-    blocks = found.permute(0, 1, 3, 2, 4).reshape(2, *out_grid, *grid, e, c)
+    blocks = found.permute(0, 1, 3, 2, 4).reshape(len(found), *out_grid, *grid, e, c)
     reads = read.sum(1).view(*out_grid)
     inside = reads == reads.max()  # of the others, something is cut off at the border
     steps = []

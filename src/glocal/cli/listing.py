@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from glocal.cli.graph import print_graph, write_graph
 from glocal.cli.parsing import parse, print_table, said_in_one_line
 
 if TYPE_CHECKING:
@@ -39,11 +40,18 @@ def list_command(name: str, arguments: Sequence[str]) -> int:
     if command.html is not None:
         with said_in_one_line(name):
             _write_gallery(command.html, found)
+    measured = {each.operator: each.measured for each in found}
+    if command.graph is not None:
+        with said_in_one_line(name):
+            write_graph(command.graph, measured)
     print(_json(found) if command.json else "", end="")
     if not command.json:
         _print(found)
-    if command.html is not None:
-        print(f"page: {command.html}", file=sys.stderr if command.json else sys.stdout)
+        if command.graph is not None:
+            print_graph(measured)
+    for page in (command.html, command.graph):
+        if page is not None:
+            print(f"page: {page}", file=sys.stderr if command.json else sys.stdout)
     return 0
 
 
@@ -56,7 +64,7 @@ def _all() -> Iterator[_Found]:
 
     names = available()
     for i, operator in enumerate(names, 1):
-        mixer = _example(operator)
+        mixer = example(operator)
         grid = (16,) if mixer.rank == 1 else (8, 8)
         weights = None
         if isinstance(mixer, TokenMixer):
@@ -67,20 +75,27 @@ def _all() -> Iterator[_Found]:
             print(f"\r{i} of {len(names)} measured" if i < len(names) else f"\r{'':30}\r", end="", file=sys.stderr)
 
 
-def _example(operator: str) -> "Operator":
+def example(operator: str) -> "Operator":
     """The first example, at 16 channels if it takes as few."""
+    import torch
+
     from glocal import mixers
     from glocal.evidence import DIM
     from glocal.spec import build
 
     spec = getattr(mixers, operator).examples[0]
-    try:
-        return build(spec, 16).eval()  # type: ignore[return-value]
-    except ValueError:
-        return build(spec, DIM).eval()  # type: ignore[return-value]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # so that a list says the same every time
+        try:
+            return build(spec, 16).eval()  # type: ignore[return-value]
+        except ValueError:
+            return build(spec, DIM).eval()  # type: ignore[return-value]
 
 
 def _json(found: Sequence[_Found]) -> str:
+    from glocal.analysis.relations import placed
+
+    boxes = {each.operator: placed(each.measured) for each in found}
     rows = [
         {
             "operator": each.operator,
@@ -89,6 +104,7 @@ def _json(found: Sequence[_Found]) -> str:
             "grid": each.grid,
             "weights": each.weights,
             **asdict(each.measured),
+            "box": None if (box := boxes[each.operator]) is None else box.name,
         }
         for each in found
     ]

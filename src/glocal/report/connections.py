@@ -32,7 +32,7 @@ class Connections:
             raise ValueError(f"weights: of {self.name!r}, must be rows of one length of finite numbers, at least one")
 
 
-def connections_chart(title: str, panels: Sequence[Connections]) -> Markup:
+def connections_chart(title: str, panels: Sequence[Connections], *, sides: tuple[str, str] = ("in", "out")) -> Markup:
     """The panels side by side. Lines are as opaque as their weight is large.
 
     Lines of one weight have one colour, cool for the smallest, where a panel has no more different weights than there
@@ -41,6 +41,7 @@ def connections_chart(title: str, panels: Sequence[Connections]) -> Markup:
     Args:
         title: What it shows, for readers who do not see it.
         panels: What to draw, at least one.
+        sides: What stands over inputs and outputs.
     """
     tallest = max(max(len(panel.weights), len(panel.weights[0])) for panel in panels)
     width = len(panels) * (_SPAN + 2 * _SIDE) + (len(panels) - 1) * _GAP
@@ -48,11 +49,11 @@ def connections_chart(title: str, panels: Sequence[Connections]) -> Markup:
     parts = [opening(title, width, height)]
     for i, panel in enumerate(panels):
         left = i * (_SPAN + 2 * _SIDE + _GAP) + _SIDE
-        parts += _panel(panel, left, _TOP + _STEP * (tallest - 1) / 2)
+        parts += _panel(panel, left, _TOP + _STEP * (tallest - 1) / 2, sides)
     return Markup("\n").join([*parts, Markup("</svg>")])
 
 
-def _panel(panel: Connections, left: float, middle: float) -> list[Markup]:
+def _panel(panel: Connections, left: float, middle: float, sides: tuple[str, str]) -> list[Markup]:
     """A panel whose inputs stand at `left`, around the height `middle`."""
     outputs, inputs, right = len(panel.weights), len(panel.weights[0]), left + _SPAN
     largest = max(abs(w) for row in panel.weights for w in row)
@@ -63,8 +64,8 @@ def _panel(panel: Connections, left: float, middle: float) -> list[Markup]:
 
     marks = [
         text((left + right) / 2, 14, panel.name, kind="strong"),
-        text(left, 28, "in", kind="small"),
-        text(right, 28, "out", kind="small"),
+        text(left, 28, sides[0], kind="small"),
+        text(right, 28, sides[1], kind="small"),
     ]
     for o, row in enumerate(panel.weights):
         for i, weight in enumerate(row):

@@ -60,6 +60,8 @@ def style(inks: dict[str, str], colours: Sequence[str]) -> str:
         f".chart .axis,.chart .trend{{stroke:{inks['faint']};fill:none}}",
         f".chart .front{{stroke:{inks['ink']};fill:none}}",
         f".chart .chip{{fill:{inks['ground']};stroke:{inks['faint']}}} .chart .full{{fill:{inks['faint']}}}",
+        f".chart .bold{{font-weight:650}} .chart .node{{fill:{inks['ground']};stroke:{inks['ink']}}}",
+        f".chart .empty{{stroke:{inks['faint']}}} .chart .cell{{fill:none;stroke:{inks['rule']}}}",
         f".chart .halo{{stroke:{inks['ground']}}} .chart .ground{{fill:{inks['ground']}}}",
         *(f".s{i}{{stroke:{colour}}} .f{i}{{fill:{colour}}}" for i, colour in enumerate(colours)),
     ]
