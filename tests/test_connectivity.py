@@ -27,7 +27,7 @@ FAULTS = {
     "analysis/jacobian.py": (
         ("weights are not held still", "operator.weights(x) if isinstance(operator, TokenMixer) else None", "None"),
         ("the second image has the weights of the first", "held.dense(), index", "held.dense()[:1], index"),
-        ("rows are of the first image only", "picked[torch.arange(len(some)), :, some] = 1", "picked[torch.arange(len(some)), 0, some] = 1"),
+        ("rows are of the first image only", "(len(some)), :, some] = 1", "(len(some)), 0, some] = 1"),
         ("no token is replaced", "images[torch.arange(m), torch.arange(m)] = other", "pass"),
         ("one image says which tokens make weights", "return made[0] | made[1]", "return made[0] & made[1]"),
         ("outputs and tokens are swapped", "seen.abs().max()).T", "seen.abs().max())"),
@@ -35,10 +35,10 @@ FAULTS = {
     "analysis/rank.py": (
         ("a rank is never low", "if pivots.min() > PIVOT", "if pivots.min() >= 0 * PIVOT"),
         ("small singular values are none", "max(matrix.shape) * EPS", "1e-3"),
-        ("the channels that pass are not counted", " // channel_rank(found[None])", " // 1"),
-        ("only what is written limits channels", "min(_rank_of_many(read), _rank_of_many(written))", "_rank_of_many(written)"),
-        ("only what is read limits channels", "min(_rank_of_many(read), _rank_of_many(written))", "_rank_of_many(read)"),
-        ("blocks are torn apart", "found.transpose(2, 3).flatten(3)", "found.flatten(3)"),
+        ("the channels that pass are not counted", " // channel_rank(found)", " // 1"),
+        ("only what is written limits channels", "min(_rank_of_many(read), ", "max(0, "),
+        ("only what is read limits channels", "(read), _rank_of_many(written))", "(read), 1 << 30)"),
+        ("blocks are torn apart", "found.transpose(1, 2).flatten(2)", "found.flatten(2)"),
     ),
 }  # fmt: skip
 

@@ -135,7 +135,8 @@ def connectivity(operator: nn.Module, grid: Sequence[int] | None = None, *, dim:
     groups = _groups(found, itself=positions == "itself")
     shared = _shared(found, read, out_grid, grid)
     changes = bool((found[0] - found[1]).abs().max() > SAME)
-    made, matrices = run.makers(), num_matrices(found)
+    made = run.makers() if changes else torch.zeros_like(read)
+    matrices = num_matrices(found[0])
     return Connectivity(
         positions=positions,
         reads=int(read.sum(1).max()),
@@ -152,7 +153,7 @@ def connectivity(operator: nn.Module, grid: Sequence[int] | None = None, *, dim:
         num_outputs=math.prod(out_grid),
         rank_positions=position_rank(found[0]),
         num_channels=min(found.shape[2], found.shape[4]),
-        rank_channels=channel_rank(found),
+        rank_channels=channel_rank(found[0]),
         matrices=matrices,
         all_matrices=matrices == found.shape[2] * found.shape[4],
     )

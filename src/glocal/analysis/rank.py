@@ -1,6 +1,6 @@
-"""How much passes through an operator: the ranks of its Jacobian over positions, channels and both together.
+"""How much passes through an operator: the ranks of its Jacobian of one image over positions, channels and both together.
 
-Shape letters: B images, N outputs, M inputs (positions of the grids), C channels in, E channels out.
+Shape letters: N outputs, M inputs (positions of the grids), C channels in, E channels out.
 """
 
 import torch
@@ -17,24 +17,24 @@ def position_rank(found: Tensor) -> int:
     A weighted sum over positions is one matrix [N, M] for each channel, and the number is their mean rank; 16 of 64
     where keys and values are pooled to 16, as in a pyramid vision transformer.
     """
-    return -(-_rank(found.flatten(2).flatten(0, 1)) // channel_rank(found[None]))
+    return -(-_rank(found.flatten(2).flatten(0, 1)) // channel_rank(found))
 
 
 def channel_rank(found: Tensor) -> int:
-    """How many channels pass: the rank over C of [B, N, E, M, C], or over E if that is less.
+    """How many channels pass: the rank over C of [N, E, M, C], or over E if that is less.
 
     Less than both in a bottleneck.
     """
-    read, written = found.flatten(0, 3), found.transpose(2, 4).flatten(0, 3)
+    read, written = found.flatten(0, 2), found.transpose(1, 3).flatten(0, 2)
     return min(_rank_of_many(read), _rank_of_many(written))
 
 
 def num_matrices(found: Tensor) -> int:
-    """How many channel matrices all blocks [E, C] of [B, N, E, M, C] are combinations of.
+    """How many channel matrices all blocks [E, C] of [N, E, M, C] are combinations of.
 
     K*K for a dense convolution, at most the number of heads for attention, C*E for a linear layer over the image.
     """
-    return _rank_of_many(found.transpose(2, 3).flatten(3).flatten(0, 2))
+    return _rank_of_many(found.transpose(1, 2).flatten(2).flatten(0, 1))
 
 
 def _rank(matrix: Tensor) -> int:

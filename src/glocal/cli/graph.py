@@ -57,7 +57,7 @@ def print_graph(found: Mapping[str, "Connectivity"]) -> None:
     """The same as two tables."""
     from glocal.report.relations_words import LANGUAGES
 
-    boxes, arrows, strays = graph_of(found)
+    boxes, arrows, _ = graph_of(found)
     words = LANGUAGES[0]
     of = {operator: box.name for box in boxes for operator in box.operators}
     rows = [("operator", "made by", "rank over positions", "over channels", "matrices", "box")]
@@ -104,7 +104,7 @@ def _pictures() -> "Pictures":
 
     built = {}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(4)  # its second image shows well what is dynamic
         for spec in (GLOBAL, DENSE, LOCAL, WINDOWS, PER_IMAGE, PER_POSITION, COMPARED):
             built[spec] = build(spec, DIM)
 

@@ -137,7 +137,8 @@ _CLAIMS = {
 _LABELS = {
     "en": {
         "language": "English", "in": "in", "out": "out", "inputs": "inputs", "outputs": "outputs",
-        "image": "image {}", "or": " or ", "and": "; ", "none": "none", "unmeasured": "not measured: one end has no operator",
+        "image": "image {}", "or": " or ", "and": "; ", "none": "none",
+        "unmeasured": "not measured: one end has no operator",
         "pairs": "{} of {} pairs", "besides": "{} ({} of {})", "sparse": "sparse connection",
         "dynamic": "dynamic weight", "low rank": "low rank", "sharing": "another sharing of weights",
         "positions": "Which positions are connected", "channels": "Which channels are connected",
