@@ -1,4 +1,4 @@
-"""How much passes through an operator: the ranks of one image's Jacobian over positions, channels, and both."""
+"""How much passes through an operator: the ranks of one image's Jacobian over positions, channels, and both.
 
 Shape letters: N outputs, M inputs (positions of the grids), C channels in, E channels out.
 """
