@@ -240,7 +240,7 @@ OTHERS = {
     "WindowAttention(window_size=4, num_heads=4)": ("what it reads", 16, 64, 16, 4),
     "NeighborhoodAttention(kernel_size=3, num_heads=2)": ("what it reads", 9, 64, 16, 2),
     "Involution(kernel_size=3, group_channels=8)": ("itself", 1, 64, 16, 2),
-    "DynamicDepthwiseConv(kernel_size=3)": ("more than it reads", 64, 64, 16, 16),
+    "DynamicDepthwiseConv(kernel_size=3)": ("more than it reads", 64, 64, 16, 9),
     "OutlookAttention(kernel_size=3, num_heads=4)": ("some of what it reads", 9, 64, 16, 4),
     "MaxPooling()": ("more than it reads", 9, None, 16, 16),
     "LinearAttention(num_heads=4)": ("what it reads", 64, 4, 16, 4),  # four numbers between queries and keys
