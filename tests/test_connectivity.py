@@ -25,7 +25,7 @@ FAULTS = {
         ("patterns are those of the weights", "_shared(read.double()[None, :, None, :, None]", "_shared(found"),
     ),
     "analysis/jacobian.py": (
-        ("weights are not held still", "operator.weights(x) if isinstance(operator, TokenMixer) else None", "None"),
+        ("weights are not held still", "operator.weights(x, **operator.besides(x)) if isinstance(operator, TokenMixer) else None", "None"),  # noqa: E501
         ("the second image has the weights of the first", "held.dense(), index", "held.dense()[:1], index"),
         ("rows are of the first image only", "(len(some)), :, some] = 1", "(len(some)), 0, some] = 1"),
         ("no token is replaced", "images[torch.arange(m), torch.arange(m)] = other", "pass"),

@@ -76,7 +76,8 @@ class Prepared:
         """What stands for the weights of each image, [B, N, ...]."""
         if isinstance(self.operator, TokenMixer):
             with torch.no_grad():
-                return self.operator.weights(images).dense().transpose(1, 2).expand(len(images), -1, -1, -1)
+                found = self.operator.weights(images, **self.operator.besides(images))
+                return found.dense().transpose(1, 2).expand(len(images), -1, -1, -1)
         ways = way.expand_as(images).contiguous()
         moved = torch.autograd.functional.jvp(self.operator, images, ways)[1]
         return moved.flatten(1, -2)
@@ -98,7 +99,7 @@ def prepared(operator: nn.Module, grid: Sequence[int] | None = None, *, dim: int
             if isinstance(part, TokenMixer):
                 part.impl = "reference"
         x = torch.randn(2, *grid, dim, dtype=torch.float64)
-        held = operator.weights(x) if isinstance(operator, TokenMixer) else None
+        held = operator.weights(x, **operator.besides(x)) if isinstance(operator, TokenMixer) else None
         out_grid = tuple(operator(x).shape[1:-1]) if held is None else held.out_grid
     return Prepared(operator, x, held, out_grid)
 
@@ -111,7 +112,7 @@ def jacobian(operator: nn.Module, grid: Sequence[int] | None = None, *, dim: int
 def _held(mixer: TokenMixer, held: Aggregation) -> Callable[[Tensor], Tensor]:
     """The mixer with its weights held at those of each image."""
     one = replace(held, weights=held.dense(), index=None)  # few tokens: quicker than gathering
-    return lambda x: mixer.project(aggregate(one, mixer.values(x)))
+    return lambda x: mixer.project(aggregate(one, mixer.values(mixer.besides(x).get("source", x))))
 
 
 def _rows(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
