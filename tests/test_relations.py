@@ -61,6 +61,7 @@ KNOWN = {
     "Involution": "Dynamic Local-S MLP",
     "LocalMLP": None,  # static, of its own in every window
     "Gate": None,
+    "ClassAttention": None,  # one output
     "DeformableConv": None,
     "TokenMLP": None,  # with its nonlinearity
     "QuadraticAttention": None,  # global, static and dense, but of nine matrices
@@ -127,7 +128,14 @@ def test_every_edge_between_operators_shows_what_it_claims(found):
 
 def test_where_measurement_disagrees_with_the_article(found):
     """The arrow that stands for another sharing only: an attention without windows shares no otherwise."""
-    by_ends = {(verdict.edge.start, verdict.edge.end): verdict for verdict in verdicts(found)}
+    windows, attention = (
+        ("HaloAttention", "NeighborhoodAttention", "WindowAttention"),
+        ("SelfAttention", "FocalAttention"),
+    )
+    predicted = ("DynamicConv", "InhomogeneousDepthwiseConv", "Involution", "OutlookAttention")
+    pooled = ("LinearAttention", "LinearSpatialReductionAttention", "SpatialReductionAttention")
+    some = {name: found[name] for name in (*windows, *attention, *predicted, *pooled)}
+    by_ends = {(verdict.edge.start, verdict.edge.end): verdict for verdict in verdicts(some)}
     last = by_ends["Local ViT", "Dynamic Local-S MLP"]
     others = ("DynamicConv", "InhomogeneousDepthwiseConv", "OutlookAttention")
     assert last.pairs == 12
@@ -138,14 +146,16 @@ def test_where_measurement_disagrees_with_the_article(found):
     assert found["WindowAttention"].pattern_over_positions == "periodically"
     assert found["Involution"].pattern_over_positions == "yes"
     # pooling by a convolution mixes channels, of which the edge says nothing
-    assert by_ends["ViT", "PVT"].besides["channels"] == 12
+    assert by_ends["ViT", "PVT"].besides["channels"] == 4 and by_ends["ViT", "PVT"].pairs == 6
     assert found["SpatialReductionAttention"].channels == "dense" != found["SelfAttention"].channels
     # the article counts MLP-Mixer to the separable MLP; as a whole its token mixing is not static
     assert found["TokenMLP"].dynamic == "per position" and not found["TokenMLP"].frozen
 
 
 def test_what_changes_besides_is_counted(found):
-    verdict = next(v for v in verdicts(found) if (v.edge.start, v.edge.end) == ("Sep. MLP", "DW-S Conv."))
+    names = ("LinearTokenMixing", "AveragePooling", "DepthwiseConv", "LargeKernelConv", "MultiScaleConv")
+    some = {name: found[name] for name in names}
+    verdict = next(v for v in verdicts(some) if (v.edge.start, v.edge.end) == ("Sep. MLP", "DW-S Conv."))
     # three of the four have a kernel for each channel, one position of AveragePooling's is lost by accident
     assert verdict.besides == {"shared_over_positions": 4, "shared_over_channels": 3, "low_rank_positions": 1}
     assert all(name in COMPARED for v in verdicts(found) for name in v.besides)

@@ -80,6 +80,11 @@ class Connectivity:
         return self.rank_positions < min(self.num_positions, self.num_outputs)
 
     @property
+    def keeps_positions(self) -> bool:
+        """Whether there is an output for each input position."""
+        return self.num_outputs == self.num_positions
+
+    @property
     def low_rank_channels(self) -> bool:
         """Whether fewer channels pass than there are."""
         return self.rank_channels < self.num_channels

@@ -54,6 +54,7 @@ _STATIC = {"dynamic": ("no",)}
 _WEIGHTS = {"frozen": (True,)}
 _ATTENTION = {
     "dynamic": ("per position",), "made_by": ("what it reads",), **_WEIGHTS, "shared_over_channels": ("all", "groups"),
+    "keeps_positions": (True,),
 }  # fmt: skip
 _LOCAL = {"positions": ("local",), "channels": ("separable",)}
 

@@ -42,6 +42,7 @@ _PROPERTIES: Mapping[str, Mapping[str, _Values]] = {
         },
         "low_rank_positions": {True: "low rank over positions", False: "full rank over positions"},
         "low_rank_channels": {True: "low rank over channels", False: "full rank over channels"},
+        "keeps_positions": {True: "an output for each position", False: "fewer outputs than positions"},
         "all_matrices": {
             True: "any channel matrix between any two positions",
             False: "few channel matrices for all pairs of positions",
@@ -85,6 +86,7 @@ _PROPERTIES: Mapping[str, Mapping[str, _Values]] = {
         },
         "low_rank_positions": {True: "位置上低秩", False: "位置上满秩"},
         "low_rank_channels": {True: "通道上低秩", False: "通道上满秩"},
+        "keeps_positions": {True: "每个位置都有输出", False: "输出少于位置"},
         "all_matrices": {True: "任意两个位置之间可用任意通道矩阵", False: "所有位置对只用少数通道矩阵"},
         "frozen": {True: "权重可以固定", False: "权重与值分不开"},
     },
