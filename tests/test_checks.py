@@ -29,8 +29,8 @@ def zeroed(aggregation):
 
 def all_real(real):
     """A padded batch of which every image is taken for full."""
-    return lambda self, tokens, sources, past, valid, device: real(
-        self, tokens, sources, past, None if valid is None else torch.ones_like(valid), device
+    return lambda tokens, sources, past, valid, *others: real(
+        tokens, sources, past, None if valid is None else torch.ones_like(valid), *others
     )
 
 
@@ -92,13 +92,13 @@ BROKEN = {  # check -> spec, and what breaks its promise
     ),
     "causal_reads_no_later_token": (
         CAUSAL,
-        instead(mixers.SelfAttention, "_seen", lambda real: lambda *arguments: None),
+        instead(mixers.self_attention, "_seen", lambda real: lambda *arguments: None),
     ),
     "pieces_equal_the_whole": (
         "LinearAttention(num_heads=2, causal=True)",
         instead(glocal.Cache, "put", lambda real: lambda *arguments: None),
     ),
-    "padding_changes_nothing": ("SelfAttention(num_heads=2)", instead(mixers.SelfAttention, "_seen", all_real)),
+    "padding_changes_nothing": ("SelfAttention(num_heads=2)", instead(mixers.self_attention, "_seen", all_real)),
     "looking_changes_nothing": (
         "DynamicDepthwiseConv(kernel_size=3)",
         instead(

@@ -196,7 +196,7 @@ class Operator(nn.Module, ABC):
                 del call["grid"]
                 for argument in call.keys() & {"valid", "pos_embed"}:
                     call[argument] = call[argument].unflatten(1, grid)
-        axes = tuple(call["grid"] if "grid" in call else x.shape[1:-1])
+        axes = self._axes(x, call)
         if self.rank is not None and len(axes) != self.rank:
             other = len(axes)
             way_out = (
@@ -206,6 +206,10 @@ class Operator(nn.Module, ABC):
             )
             raise ValueError(f"{name}: built for rank {self.rank}, x has a grid of rank {other}, {axes}; {way_out}")
         return x, call
+
+    def _axes(self, x: Tensor, call: dict[str, Any]) -> tuple[int, ...]:
+        """The lengths of which there must be `rank`."""
+        return tuple(call["grid"] if "grid" in call else x.shape[1:-1])
 
     def _bind_valid(self, x: Tensor, call: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         source = call.get("source")

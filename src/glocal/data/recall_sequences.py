@@ -34,7 +34,7 @@ class Sequences(NamedTuple):
 
 
 def recall_sequences(count: int, length: int, generator: torch.Generator, *, fewest: int = PAIRS) -> Sequences:
-    """Draws sequences; places are uniform over the sequence, so near pairs are more frequent than far ones.
+    """Draws sequences; all distances between a question and its pair, up to length - 1, are equally frequent.
 
     Args:
         count: Number of sequences N.
@@ -56,15 +56,18 @@ def recall_sequences(count: int, length: int, generator: torch.Generator, *, few
     def draw(below: int, *shape: int) -> Tensor:
         return torch.randint(below, shape, generator=generator)
 
-    def shuffled(of: int) -> Tensor:
-        return torch.rand(count, of, generator=generator).argsort(1)
+    def shares(of: int) -> Tensor:
+        return torch.rand(count, of, generator=generator)
 
-    places = shuffled(length)[:, : PAIRS + 1]
-    keys, values = shuffled(KEYS)[:, :PAIRS], draw(VALUES, count, PAIRS)
+    distance = 1 + draw(length - 1, count, 1)
+    first = (shares(1) * (length - distance)).long()
+    ends = torch.cat([first, first + distance], 1)
+    ends = torch.where(shares(1) < 0.5, ends, ends.flip(1))  # the pair before the question, or behind it
+    others = shares(length).scatter(1, ends, 2.0).argsort(1)[:, : PAIRS - 1]  # 2: after all the shares
+    places, question = torch.cat([ends[:, :1], others], 1), ends[:, 1]
+    keys, values = shares(KEYS).argsort(1)[:, :PAIRS], draw(VALUES, count, PAIRS)
     tokens = KEYS * VALUES + KEYS + draw(WORDS, count, length)
     there = torch.arange(PAIRS) < fewest + draw(PAIRS - fewest + 1, count, 1)
-    pairs = torch.where(there, keys * VALUES + values, tokens.gather(1, places[:, :PAIRS]))
-    tokens.scatter_(1, places[:, :PAIRS], pairs)
-    question = places[:, PAIRS]
+    tokens.scatter_(1, places, torch.where(there, keys * VALUES + values, tokens.gather(1, places)))
     tokens.scatter_(1, question[:, None], KEYS * VALUES + keys[:, :1])
-    return Sequences(tokens, question, values[:, 0], (question - places[:, 0]).abs())
+    return Sequences(tokens, question, values[:, 0], distance[:, 0])

@@ -92,6 +92,9 @@ class ClassAttention(TokenMixer):
         n, c = math.prod(grid), self.dim
         return (2 + 2 * n) * c * c + 2 * n * c
 
+    def _axes(self, x: Tensor, call: dict[str, Any]) -> tuple[int, ...]:
+        return tuple(x.shape[1:-1])  # flat, whatever the grid behind the class tokens
+
     def _out_shape(self, x: Tensor, call: dict[str, Any]) -> tuple[int, ...]:
         if "queries" in call or "grid" not in call:
             return super()._out_shape(x, call)

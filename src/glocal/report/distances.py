@@ -8,7 +8,7 @@ from glocal.report.drawing import Frame, Series, line, linear_axis, marker, path
 from glocal.report.page import figures, render, swatch, table
 from glocal.report.study import number
 
-_BUCKETS = 12  # at most, that distances are put together in: far ones are rare
+_BUCKETS = 8  # at most, that distances are put together in
 
 
 def distances_report(results: dict[str, Any]) -> str:
@@ -78,7 +78,8 @@ def _sentence(results: dict[str, Any], operator: dict[str, Any]) -> str:
     within = range(1, operator["reach"] + 1)
     beyond = range(operator["reach"] + 1, results["length"])
     near = _accuracies(operator, within) if within else []
-    said = f"{operator['mixer']}: its output depends on tokens up to {_reach(results, operator)} away"
+    said = f"{operator['mixer']}: its output depends on tokens "
+    said += "at any distance" if not beyond else f"up to {operator['reach']} away"
     if near:
         said += f"; {number(sum(near) / len(near))} % within"
     if beyond:
