@@ -70,7 +70,11 @@ FAULTS = {
             "keys, values = shares(KEYS).argsort(1)[:, :PAIRS]",
             "keys, values = draw(KEYS, count, PAIRS)",
         ),
-        ("values of a sequence are all different", "draw(VALUES, count, PAIRS)", "shares(VALUES).argsort(1)[:, :PAIRS]"),
+        (
+            "values of a sequence are all different",
+            "draw(VALUES, count, PAIRS)",
+            "shares(VALUES).argsort(1)[:, :PAIRS]",
+        ),
         (
             "the most pairs are never there",
             "draw(PAIRS - fewest + 1, count, 1)",
