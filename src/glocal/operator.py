@@ -174,6 +174,11 @@ class Operator(nn.Module, ABC):
                     raise ValueError(
                         f"{name}: {other} was given with a cache, which holds one sequence of plain tokens"
                     )
+            elif len(call["cache"]) and source is not None and source.dim() != 3:
+                raise ValueError(
+                    f"{name}: source has shape {tuple(source.shape)}, the cache holds a sequence; give [B, t, C] to "
+                    "follow it, or none"
+                )
             call["cache"].belong_to(self)
         for argument, tokens in (("pos_embed", x), ("source_pos_embed", x if source is None else source)):
             if argument in call:
@@ -194,7 +199,8 @@ class Operator(nn.Module, ABC):
                     raise ValueError(f"{name}: {prefix} class tokens in front of grid {grid}; it has no place for any")
                 x = x.unflatten(1, grid)
                 del call["grid"]
-                for argument in call.keys() & {"valid", "pos_embed"}:
+                about_x = {"pos_embed", "valid"} if source is None else {"pos_embed"}
+                for argument in call.keys() & about_x:
                     call[argument] = call[argument].unflatten(1, grid)
         axes = self._axes(x, call)
         if self.rank is not None and len(axes) != self.rank:

@@ -139,8 +139,20 @@ def test_a_source_that_comes_in_parts(build, tokens):
     valid[1, :3] = False
     assert_close(mixer(x, source[:, :3], cache=cache), mixer(x, source[:, :3]))
     assert_close(mixer(x, source[:, 3:], cache=cache, valid=valid), mixer(x, source, valid=valid))
-    with pytest.raises(ValueError, match=r"source has shape \(2, 2, 3, 6\), the cache holds a sequence"):
-        mixer(x, tokens(2, 2, 3, WIDTH), cache=cache)
+    for padding in ({}, {"valid": torch.ones(2, 2, 3, dtype=torch.bool)}):
+        with pytest.raises(ValueError, match=r"source has shape \(2, 2, 3, 6\), the cache holds a sequence"):
+            mixer(x, tokens(2, 2, 3, WIDTH), cache=cache, **padding)
+
+
+@pytest.mark.parametrize("impl", ["reference", "fast"])
+@pytest.mark.parametrize("shape", [(4,), (2, 4), (6,)])
+def test_padding_is_the_sources_where_the_grid_is_that_of_x(build, tokens, impl, shape):
+    mixer = build(spec_of(), DIM)
+    mixer.impl = impl
+    x, positions, source = tokens(2, 6, DIM), tokens(2, 6, DIM), tokens(2, *shape, WIDTH)
+    valid = torch.arange(source[0, ..., 0].numel()).view(shape) < torch.tensor([3, 4]).view(2, *[1] * len(shape))
+    expected = by_torch(mixer)(x, source, valid, pos_embed=positions)
+    assert_close(mixer(x, source, grid=(2, 3), valid=valid, pos_embed=positions), expected)
 
 
 def test_a_source_is_needed(build, tokens):
@@ -204,10 +216,17 @@ FAULTS = {
             "part_of(self.kv, source.flatten(1, -2), 0, self.dim)",
         ),
         ("positions of a subset are those of all", "places[queries], (len(queries),)", "places, (len(queries),)"),
+    ),
+    "operator.py": (
         (
             "a source on a grid follows what is remembered",
-            "len(cache) and source.dim() != 3",
-            "len(cache) and source.dim() == 0",
+            "source is not None and source.dim() != 3",
+            "source is not None and source.dim() == 0",
+        ),
+        (
+            "padding of the source is laid out in the grid of x",
+            '{"pos_embed", "valid"} if source is None else {"pos_embed"}',
+            '{"pos_embed", "valid"}',
         ),
     ),
     "mixers/_attention.py": (

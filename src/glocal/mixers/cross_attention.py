@@ -133,11 +133,6 @@ class CrossAttention(TokenMixer):
         queries: Tensor | None,
         cache: Cache | None,
     ) -> tuple[Tensor, Tensor]:
-        if cache is not None and len(cache) and source.dim() != 3:
-            raise ValueError(
-                f"CrossAttention: source has shape {tuple(source.shape)}, the cache holds a sequence; give "
-                "[B, t, C] to follow it, or none"
-            )
         tokens = add_position(x, pos_embed).flatten(1, -2)
         q = self.q(tokens if queries is None else tokens[:, queries]) * self.scale
         k = part_of(self.kv, add_position(source, source_pos_embed).flatten(1, -2), 0, self.dim)
