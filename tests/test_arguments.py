@@ -38,10 +38,11 @@ def test_arguments_that_make_no_sense_are_refused(spec, call, words):
             assert word in str(raised.value)
 
 
-@pytest.mark.parametrize("queries", [torch.ones(20) > 0, torch.zeros(2, 3).long(), torch.zeros(3)])
+@pytest.mark.parametrize("queries", [torch.ones(20) > 0, torch.zeros(2, 3).long(), torch.zeros(3), torch.tensor(3)])
 def test_queries_are_positions(queries):
-    with pytest.raises(ValueError, match="SelfAttention: queries has shape"):
-        mixer().weights(X, queries=queries)
+    for path in (mixer(), mixer().reference, mixer().weights):
+        with pytest.raises(ValueError, match="SelfAttention: queries has shape"):
+            path(X, queries=queries)
 
 
 def test_positions_have_the_shape_of_the_tokens():
@@ -131,6 +132,11 @@ FAULTS = {
         ),
     ),
     "operator.py": (
-        ("flat positions stay flat on the grid", 'call.keys() & {"valid", "pos_embed"}', 'call.keys() & {"valid"}'),
+        ("flat positions stay flat on the grid", "call.keys() & about_x", 'call.keys() & (about_x - {"pos_embed"})'),
+        (
+            "one query without an axis is no sentence",
+            'call["queries"].numel(), self._out_dim',
+            'len(call["queries"]), self._out_dim',
+        ),
     ),
 }

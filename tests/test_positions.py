@@ -542,6 +542,18 @@ def test_with_attention_an_image_gets_the_same_alone_as_padded(encode):
         assert_close(found[b : b + 1, :h, :w], mixer(own, pos_embed=encode(own)), **EXACT)
 
 
+@pytest.mark.parametrize(
+    "encode",
+    [
+        *[SinusoidalPositions2d(8), RowColumnPositions(8, grid_size=9)],
+        *[LearnedPositions(8, grid_size=(6, 6), resize=resize) for resize in (True, False)],
+    ],
+)
+def test_an_empty_batch_has_encodings_that_can_be_added(encode):
+    x, valid = torch.zeros(0, 5, 6, 8), torch.ones(0, 5, 6, dtype=torch.bool)
+    assert (x + encode(x)).shape == (x + encode(x, valid=valid)).shape == x.shape
+
+
 COMPARING = {
     *["FocalAttention", "GatedPositionalAttention", "HaloAttention", "LinearAttention", "RelativeAttention"],
     *["LinearSpatialReductionAttention", "NeighborhoodAttention", "ReleasedFocalAttention"],
@@ -756,6 +768,7 @@ X1, X2 = torch.zeros(1, 4, 8), torch.zeros(1, 3, 4, 8)
         (lambda: LearnedPositions(8, grid_size=(4,))(X1, offset=1), r"offset was given, resize=True .* resize=False"),
         (lambda: LearnedPositions(8, grid_size=(9, 9), resize=False)(X2, offset=1), r"offset .* rank 2"),
         (lambda: LearnedPositions(8, grid_size=(4,), resize=False)(X1, offset=1), r"reaches place 5 .* made for 4; .*"),
+        (lambda: LearnedPositions(8, grid_size=(4,), resize=False)(X1, offset=-1), r"offset is -1, .* give 0 or more"),
         (lambda: LearnedPositions(8, grid_size=(2, 4), resize=False)(X2), r"reaches place 3 along axis 0"),
         (lambda: RowColumnPositions(8, grid_size=(3, 3))(X2), r"reaches place 4 along axis 1 .* larger grid_size"),
         (
@@ -772,6 +785,8 @@ X1, X2 = torch.zeros(1, 4, 8), torch.zeros(1, 3, 4, 8)
         (lambda: rotary_angles((4, 4, 4), 8), r"grid: has 3 axes"),
         (lambda: rotary_angles((4, 4), 8, offset=1), r"offset: was given, the grid has rank 2"),
         (lambda: rotary_angles((4,), 8, offset=1, grid_size=(8,)), r"offset: was given, grid_size scales"),
+        (lambda: rotary_angles((4, 4), 8, grid_size=(8,)), r"grid_size: \(8,\), the grid is \(4, 4\); .* as many axes"),
+        (lambda: rotary_angles((4,), 8, extents=torch.ones(2, 1)), r"extents: were given without grid_size"),
         (lambda: rotary_angles((4,), 8, temperature=-1.0), r"temperature: -1.0, must be positive"),
         (lambda: rotate(X1, rotary_angles((4,), 6)), r"angles: for 3 pairs, t has 8 channels; they need half as many"),
         (lambda: rotate(X1, rotary_angles((4,), 8), pairing="split"), r"pairing: 'split', must be 'interleaved' or"),
@@ -845,6 +860,8 @@ FAULTS = {
             "return torch.cat([in_front[:, :0], new.",
         ),
         ("nothing is blurred", "mode=mode, antialias=antialias)", "mode=mode)"),
+        ("an empty batch with padding has nothing to join", "torch.cat([none, *(at", "torch.cat([*(at"),
+        ("a place before the first is the table's last", "if start < 0:", "if False:"),
         ("always bicubic", "mode=mode, antialias=antialias)", 'mode="bicubic", antialias=antialias)'),
         (
             "the table is transposed",
@@ -955,6 +972,8 @@ FAULTS = {
             "places / extents.clamp(min=1).to(dtype)[:, None] * reference",
             "places / _as_tensor(grid, places) * reference",
         ),
+        ("one axis of training scales both of an image", "len(grid_size) != rank:", "False:"),
+        ("sizes of images that scale nothing are taken", "if extents is not None and grid_size is None:", "if False:"),
         ("an odd head is rounded down", "if head_dim % (2 * rank):", "if False:"),
         (
             "rotations are in 16 bits",

@@ -235,7 +235,7 @@ class Operator(nn.Module, ABC):
 
     def _out_shape(self, x: Tensor, call: dict[str, Any]) -> tuple[int, ...]:
         if "queries" in call:
-            return (x.shape[0], len(call["queries"]), self._out_dim)
+            return (x.shape[0], call["queries"].numel(), self._out_dim)
         if "grid" in call:
             grid = tuple(call["grid"])
             prefix = x.shape[1] - math.prod(grid)

@@ -135,13 +135,16 @@ class LearnedPositions(nn.Module):
         for size, encoding in at.items():
             beyond = [m for n, s in zip(tokens.grid, size, strict=True) for m in (n - s, 0)]
             at[size] = nn.functional.pad(encoding, (0, 0, *reversed(beyond)))
-        return torch.cat([at[size] for size in sizes])
+        none = self.pos_embed.new_zeros(0, *tokens.grid, self.dim)  # for an empty batch
+        return torch.cat([none, *(at[size] for size in sizes)])
 
     def _first(self, tokens: Tokens, offset: int | Tensor, device: torch.device) -> Tensor:
         table = self.pos_embed[:, self.num_prefix :].unflatten(1, self.grid_size)
         start = 0 if isinstance(offset, Tensor) else offset
         if len(tokens.grid) == 2 and (isinstance(offset, Tensor) or offset):
             raise ValueError("LearnedPositions: offset was given, x has a grid of rank 2; an order holds in sequences")
+        if start < 0:
+            raise ValueError(f"LearnedPositions: offset is {start}, the first place of a sequence; give 0 or more")
         for axis, (n, size) in enumerate(zip(tokens.grid, self.grid_size, strict=True)):
             _fits("LearnedPositions", axis, start + n, size)
         if len(tokens.grid) == 2:

@@ -48,7 +48,8 @@ def rotary_angles(
         dtype: float32, or float64; large angles have no sines in 16 bits.
 
     Raises:
-        ValueError: a head_dim that cannot be cut into pairs for each axis; an offset in an image, or with grid_size.
+        ValueError: a head_dim that cannot be cut into pairs for each axis; an offset in an image, or with grid_size;
+            a grid_size of another rank; extents without one.
 
     Source: Su et al., RoFormer, 2021, arXiv 2104.09864, section 3.2; axial as timm's `RotaryEmbeddingCat` with
     in_pixels=False, whose ref_feat_shape is grid_size.
@@ -58,6 +59,10 @@ def rotary_angles(
     if (isinstance(offset, Tensor) or offset) and (rank > 1 or grid_size is not None):
         what = f"the grid has rank {rank}" if rank > 1 else "grid_size scales places by the sequence's length"
         raise ValueError(f"offset: was given, {what}; an offset counts the tokens that came before in a sequence")
+    if grid_size is not None and len(grid_size) != rank:
+        raise ValueError(f"grid_size: {tuple(grid_size)}, the grid is {tuple(grid)}; give as many axes")
+    if extents is not None and grid_size is None:
+        raise ValueError("extents: were given without grid_size, to which they scale places; give it too, or neither")
     share = torch.arange(head_dim // (2 * rank), device=device).to(dtype) / (head_dim // (2 * rank))
     wave = temperature**-share
     places = grid_positions(grid, device=device).to(dtype)  # [N, rank]
