@@ -24,10 +24,10 @@ class Unsupported(ValueError):
 
 
 class Cache:
-    """What a causal operator remembers of earlier tokens, so that a call needs to bring only the new ones.
+    """What an operator remembers of earlier calls: a causal one of its tokens, one that reads a source of that.
 
-    One mixer's: give each layer of a network its own. `join` and `put` never change what was remembered; `commit`,
-    called once at the end of a forward pass, does.
+    A call then needs to bring only what is new. One mixer's: give each layer of a network its own. `join` and `put`
+    never change what was remembered; `commit`, called once at the end of a forward pass, does.
     """
 
     def __init__(self) -> None:
@@ -164,7 +164,9 @@ class TokenMixer(Operator):
             source_pos_embed: added to the source for keys.
             queries: int64 [Q], positions in the flattened output; only these are computed.
             cache: of causal operators on sequences: what they remember of earlier calls; x [B, t, C] holds the tokens
-                that follow, and `valid` is that of all tokens so far. Updated by the call.
+                that follow, and `valid` is that of all tokens so far. Of operators that need a source: the source
+                [B, t, C] follows what is remembered, or is left out, and `valid` is that of all of it. Updated by the
+                call.
 
         Returns:
             [B, *S_out, C_out]; flat [B, N, C_out] where x is flat, [B, Q, C_out] with `queries`.

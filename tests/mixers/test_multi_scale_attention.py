@@ -33,9 +33,17 @@ FAULTS = (
         "torch.cat([attention, convolution.flatten(1, -2)], -1)",
         "torch.cat([convolution.flatten(1, -2), attention], -1)",
     ),
-    ("attention sees padding", "seen = None if valid is None else valid.flatten(1)[:, None, None]", "seen = None"),
+    (
+        "attention sees padding",
+        "softmax_of_all(scores, x, None, None, valid,",
+        "softmax_of_all(scores, x, None, None, None,",
+    ),
     ("no gradient reaches the kernels", "taps = linear(v.flatten(2))", "taps = linear(v.flatten(2).detach())"),
-    ("causal attention reads one token ahead", "(order <= order[kept:, None])", "(order <= order[kept:, None] + 1)"),
+    (
+        "attention of the fast path has no order",
+        "valid, causal=self.causal)\n        kernels",
+        "valid, causal=False)\n        kernels",
+    ),
 )
 
 

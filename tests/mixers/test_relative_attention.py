@@ -235,12 +235,6 @@ FAULTS = (
         "weights = weights if seen is None else weights * seen",
         "pass",
     ),
-    ("positions are not added in the definition", "        x = add_position(x, pos_embed)\n", ""),
-    (
-        "positions are not added to the keys of the fast path",
-        "self.heads(x_at, 0), self.heads(x_at, 1)",
-        "self.heads(x_at, 0), self.heads(x, 1)",
-    ),
     ("the fast path lets padding into the softmax", "position if seen is None else masked(position, seen)", "position"),
     (
         "positions of a subset of the queries are those of the first",

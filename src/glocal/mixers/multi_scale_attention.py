@@ -11,8 +11,9 @@ from glocal.aggregation import Aggregation
 from glocal.arguments import flag, odd_kernel, positive, rate
 from glocal.kernels import local_sum
 from glocal.mixer import Cache
-from glocal.mixers._attention import Attention, mask_bias, masked_softmax, sdpa
-from glocal.mixers._grid import kernel_index, places_behind
+from glocal.mixers._attention import Attention
+from glocal.mixers._grid import kernel_index
+from glocal.mixers.self_attention import mixed_from_all, softmax_of_all
 
 
 class MultiScaleAttention(Attention):
@@ -106,23 +107,19 @@ class MultiScaleAttention(Attention):
         cache: Cache | None = None,
         update_statistics: bool = False,
     ) -> Aggregation:
-        out_grid, rank, kept = tuple(x.shape[1:-1]), x.dim() - 2, self._kept(cache)
+        rank, largest = x.dim() - 2, max(self.kernel_sizes)
         q, k, v = (self.heads(x, part) for part in range(3))
         k = k if cache is None else cache.join("keys", k)
-        grid, places, source_places = places_behind(x, cache, kept)
-        largest = max(self.kernel_sizes)
-        index = kernel_index(grid, [largest] * rank, left=[self._left(largest)] * rank, device=x.device)[kept:]
-        seen = self._seen(x, valid, kept)
         kernels = self._kernels(v, rank, update_statistics)
         if queries is not None:
-            q, kernels, index, places = q[:, queries], kernels[:, queries], index[queries], places[queries]
-            out_grid = (len(queries),)
-            seen = seen if seen is None or seen.shape[2] == 1 else seen[:, :, queries]
-        attention = masked_softmax(torch.einsum("bngd,bmgd->bgnm", q, k), seen)
-        convolution = Aggregation(
-            kernels.transpose(1, 2), index[None, None], math.prod(grid), places, source_places, out_grid, grid
-        )
-        return replace(convolution, weights=torch.cat([attention, convolution.dense()], 1), index=None)
+            q, kernels = q[:, queries], kernels[:, queries]
+        scores = torch.einsum("bngd,bmgd->bgnm", q, k)
+        attention = softmax_of_all(scores, x, None, None, valid, queries, cache, causal=self.causal)
+        left = [self._left(largest)] * rank
+        index = kernel_index(attention.source_grid, [largest] * rank, left=left, device=x.device)[self._kept(cache) :]
+        index = index if queries is None else index[queries]
+        convolution = replace(attention, weights=kernels.transpose(1, 2), index=index[None, None])
+        return replace(attention, weights=torch.cat([attention.weights, convolution.dense()], 1))
 
     def fast(
         self,
@@ -135,13 +132,7 @@ class MultiScaleAttention(Attention):
     ) -> Tensor:
         q, k, v = self.heads(x, 0), self.heads(x, 1), values[:, :, : self.num_heads]
         k, kept = (k, 0) if cache is None else (cache.join("keys", k), self._kept(cache))
-        seen = self._seen(x, valid, kept)
-        by_library = seen is None or (valid is None and cache is None)  # all, or its own causal order
-        bias = None if by_library or seen is None else mask_bias(seen, q.dtype)
-        attention = sdpa(q, k, v, bias=bias, causal=self.causal and bias is None)
-        if seen is not None and bias is not None:
-            # a row that sees nothing is spread evenly over what it may not see; the definition says 0
-            attention = torch.where(seen.any(-1)[:, 0, :, None], attention, 0)
+        attention = mixed_from_all(q, k, v, valid, causal=self.causal)
         kernels = self._kernels(v[:, kept:], x.dim() - 2, update_statistics).unflatten(1, x.shape[1:-1])
         v = v.reshape(x.shape) if cache is None else v.flatten(2)
         convolution = local_sum(v, kernels, left=self._left(max(self.kernel_sizes)), past=kept)
@@ -154,15 +145,6 @@ class MultiScaleAttention(Attention):
     def _left(self, size: int) -> int:
         """Taps of a kernel in front of the query."""
         return size - 1 if self.causal else size // 2
-
-    def _seen(self, x: Tensor, valid: Tensor | None, kept: int) -> Tensor | None:
-        """Which sources attention may read, [B|1, 1, N|1, M]; None: all."""
-        seen = None if valid is None else valid.flatten(1)[:, None, None]
-        if self.causal:
-            order = torch.arange(kept + math.prod(x.shape[1:-1]), device=x.device)
-            before = (order <= order[kept:, None])[None, None]
-            seen = before if seen is None else seen & before
-        return seen
 
     def _kernels(self, v: Tensor, rank: int, training: bool) -> Tensor:
         """The gated sum of every token's kernels, at the size of the largest: [B, N, heads, D] -> [B, N, heads, K]."""

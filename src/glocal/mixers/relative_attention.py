@@ -10,7 +10,6 @@ from glocal.aggregation import Aggregation, grid_positions
 from glocal.arguments import extents, flag, per_axis
 from glocal.mixers._attention import (
     Attention,
-    add_position,
     mask_bias,
     masked,
     masked_softmax,
@@ -83,20 +82,16 @@ class RelativeAttention(Attention):
         sides = [2 * n - 1 for n in grid_size]
         self.relative_position_bias_table = table_parameter(self.num_heads, *sides) if position_bias else None
 
-    def scores(
-        self, x: Tensor, *, valid: Tensor | None = None, pos_embed: Tensor | None = None, queries: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        scores = {"content": self._content(x, pos_embed, queries)}
+    def scores(self, x: Tensor, *, valid: Tensor | None = None, queries: Tensor | None = None) -> dict[str, Tensor]:
+        scores = {"content": self._content(x, queries)}
         if self.position_bias and not self.after_softmax:
             scores["position"] = self._bias(x, valid, queries)
         return scores
 
-    def weights(
-        self, x: Tensor, *, valid: Tensor | None = None, pos_embed: Tensor | None = None, queries: Tensor | None = None
-    ) -> Aggregation:
+    def weights(self, x: Tensor, *, valid: Tensor | None = None, queries: Tensor | None = None) -> Aggregation:
         grid = tuple(x.shape[1:-1])
         seen = None if valid is None else valid.flatten(1)[:, None, None]
-        weights = masked_softmax(sum_of(self._scores(x, valid=valid, pos_embed=pos_embed, queries=queries)), seen)
+        weights = masked_softmax(sum_of(self._scores(x, valid=valid, queries=queries)), seen)
         if self.position_bias and self.after_softmax:
             weights = weights + self._bias(x, valid, queries)
             weights = weights if seen is None else weights * seen
@@ -111,11 +106,8 @@ class RelativeAttention(Attention):
             grid,
         )
 
-    def fast(
-        self, x: Tensor, values: Tensor, *, valid: Tensor | None = None, pos_embed: Tensor | None = None
-    ) -> Tensor:
-        x_at = add_position(x, pos_embed)
-        q, k = self.heads(x_at, 0), self.heads(x_at, 1)
+    def fast(self, x: Tensor, values: Tensor, *, valid: Tensor | None = None) -> Tensor:
+        q, k = self.heads(x, 0), self.heads(x, 1)
         seen = None if valid is None else valid.flatten(1)[:, None, None]
         mask = None if seen is None else mask_bias(seen, q.dtype)
         if not self.position_bias:
@@ -130,8 +122,7 @@ class RelativeAttention(Attention):
         n = math.prod(grid)
         return self._projection_macs(n) + 2 * n * n * self.out_dim
 
-    def _content(self, x: Tensor, pos_embed: Tensor | None, queries: Tensor | None) -> Tensor:
-        x = add_position(x, pos_embed)
+    def _content(self, x: Tensor, queries: Tensor | None) -> Tensor:
         q = self.heads(x, 0)
         return torch.einsum("bngd,bmgd->bgnm", q if queries is None else q[:, queries], self.heads(x, 1))
 
