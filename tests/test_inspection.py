@@ -225,8 +225,56 @@ def test_queries_of_a_call_for_some_queries():
     assert found.query_positions.tolist() == [[5], [7]]
 
 
+@pytest.mark.parametrize(
+    "spec",
+    ["DynamicConv(rank=1)", "MultiScaleAttention(rank=1)", "WindowAttention(rank=1)", "MaxPooling(stride=2, rank=1)"],
+)
+def test_a_padded_call_can_be_looked_at(spec):
+    """What an operator gives for padding differs between its paths, and is not what is asked for."""
+    mixer, x = glocal.build(spec, 32).eval(), torch.randn(2, 9, 32)
+    valid = torch.arange(9) < torch.tensor([[9], [5]])
+    with glocal.inspect(mixer) as seen:
+        mixer(x, valid=valid)
+        mixer(x, valid=valid, queries=torch.tensor([3, 0]))
+    for call in seen:
+        assert call.rebuild_error() < 1e-5
+        call.weights(torch.tensor([1]))
+    whole = mixer.weights(x, valid=valid).dense()
+    torch.testing.assert_close(seen.calls[0].weights().dense(), whole)
+
+
+def test_padding_behind_a_cache_can_be_looked_at():
+    mixer, x = glocal.build("DynamicConv(kernel_size=3, causal=True, rank=1)", 32).eval(), torch.randn(2, 9, 32)
+    valid, cache = torch.arange(9) < torch.tensor([[9], [5]]), glocal.Cache()
+    with glocal.inspect(mixer) as seen:
+        for start, end in ((0, 4), (4, 9)):
+            mixer(x[:, start:end], valid=valid[:, :end], cache=cache)
+    assert all(call.rebuild_error() < 1e-5 for call in seen)
+
+
+def test_a_real_token_of_a_padded_call_that_is_not_rebuilt_is_refused():
+    class Loose(nn.Module):
+        def forward(self, x):
+            return x + torch.rand_like(x)
+
+    mixer = glocal.build("SelfAttention(num_heads=4)", 32)
+    mixer.proj = Loose()
+    with glocal.inspect(mixer) as seen:
+        mixer(torch.randn(2, 9, 32), valid=torch.arange(9) < torch.tensor([[9], [5]]))
+    with pytest.raises(ValueError, match="does it draw random numbers"):
+        seen.calls[0].weights()
+
+
 # planted by scripts/mutate
 FAULTS = (
+    ("padding has to be rebuilt too", "rows.masked_fill(~real[..., None], 0)", "rows"),
+    ("real tokens need not be rebuilt", "rows.masked_fill(~real[..., None], 0)", "0 * rows"),
+    (
+        "padding of a subset of the queries is that of all",
+        'real[:, bound["queries"]] if "queries" in bound else real',
+        "real",
+    ),
+    ("what a cache keeps counts as the tokens of a call", "[:, -math.prod(tokens) :]", "[:, : math.prod(tokens)]"),
     (
         "a tensor that was changed in place is not noticed",
         "if now.get(name) != version and name in now}",

@@ -4,6 +4,7 @@ The run keeps its fast paths and its speed, and its outputs are bit for bit the 
 """
 
 import inspect as signatures
+import math
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
@@ -42,7 +43,8 @@ class Call:
 
         Raises:
             ValueError: an input, the output or a parameter was changed since, or the weights do not rebuild the
-                recorded output within `TOLERANCE`: then nothing can be said about that call.
+                recorded output within `TOLERANCE`: then nothing can be said about that call. Padded tokens do not
+                count: nobody is promised anything of theirs.
         """
         found, error = self._rebuild(queries)
         dtype, enabled = self._autocast
@@ -84,8 +86,18 @@ class Call:
         output = output if queries is None else output[:, queries]
         if output.numel() == 0:
             return found, 0.0
+        if (real := self._real(x, bound)) is not None:
+            rebuilt, output = (rows.masked_fill(~real[..., None], 0) for rows in (rebuilt, output))
         difference = (rebuilt.double() - output.double()).abs().max()
         return found, float(difference / output.double().abs().max().clamp(min=torch.finfo(output.dtype).tiny))
+
+    def _real(self, x: Tensor, bound: dict[str, Any]) -> Tensor | None:
+        """Which rows of the output are those of real tokens, [B, N]; None: all, or none is a token's own."""
+        valid, tokens = bound.get("valid"), tuple(x.shape[1:-1])
+        if valid is None or "source" in bound or self.mixer.out_grid(tokens) != tokens:
+            return None
+        real = valid.flatten(1)[:, -math.prod(tokens) :]  # those that a cache keeps stand in front
+        return real[:, bound["queries"]] if "queries" in bound else real
 
     def __repr__(self) -> str:
         return f"<call of {self.name}: {self.mixer!r} on {tuple(self.x.shape)}>"
