@@ -101,12 +101,18 @@ def test_report():
     operators = [
         {"mixer": "A<b>(x=1)", "right": [[4, 0, 0], [2, 1, 0]], "tested": [4, 2, 2], "reach": 1, "params": 12345},
         {"mixer": "B", "right": [[4, 2, 2], [4, 2, 2]], "tested": [4, 2, 2], "reach": 3, "params": 10},
+        {"mixer": "C", "right": [[1, 0, 1], [1, 0, 1]], "tested": [4, 2, 2], "reach": 0, "params": 10},
     ]
     page = distances_report(
         {"length": 4, "steps": 7, "seeds": 2, "chance": 12.5, "operators": operators, "kind": "recall"}
     )
-    assert "A&lt;b&gt;(x=1): its output depends on tokens up to 1 away; 75.0 % within, 12.5 % beyond" in page
-    assert "B: its output depends on tokens at any distance; " in page
+    for sentence in (
+        "A&lt;b&gt;(x=1): its output depends on tokens up to 1 away; it answers 75.0 % of the questions within, 12.5 %",
+        "B: its output depends on tokens at any distance; it answers 100.0 % of the questions (a guess gives 12.5 %).",
+        "C: its output depends on no other token; it answers 25.0 % of the questions (a guess gives 12.5 %).",
+    ):
+        assert sentence in page
+    assert "tokens between" not in page  # there is none between neighbours, whose distance is 1
     assert "<b>(x" not in page and "http" not in page and "12,345" in page
     assert "<td>75.0</td><td>25.0</td><td>0.0</td><td>1</td>" in page
 
@@ -170,5 +176,7 @@ FAULTS = {
         ),
         ("the last distance is left out", "range(1, length, size)]", "range(1, length - 1, size)]"),
         ("within reach ends one early", 'range(1, operator["reach"] + 1)', 'range(1, operator["reach"])'),
+        ("an operator without a neighbour reads those nearby", "if not within:", "if not beyond:"),
+        ("a place between is counted", '"distance from the question', '"tokens between the question'),
     ),
 }

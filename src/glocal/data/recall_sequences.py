@@ -24,7 +24,7 @@ class Sequences(NamedTuple):
         tokens: int64 [N, T], numbers below VOCABULARY.
         question: int64 [N], where the question stands.
         answer: int64 [N], the value of the pair with its key.
-        distance: int64 [N], tokens between that pair and the question, 1 for a neighbour.
+        distance: int64 [N], places from that pair to the question, 1 for a neighbour.
     """
 
     tokens: Tensor

@@ -58,7 +58,7 @@ def _accuracies(operator: dict[str, Any], bucket: range) -> list[float]:
 def _chart(results: dict[str, Any], buckets: list[range], rows: list[list[list[float]]], looks: list[Series]) -> Markup:
     frame = Frame(
         "accuracy over distance",
-        linear_axis("tokens between the question and its answer", [0, results["length"] - 1]),
+        linear_axis("distance from the question to its answer, tokens", [0, results["length"] - 1]),
         linear_axis("test accuracy, %", [0, 100], (0, 100)),
     )
     at = [frame.x((bucket[0] + bucket[-1]) / 2) for bucket in buckets]
@@ -78,14 +78,17 @@ def _sentence(results: dict[str, Any], operator: dict[str, Any]) -> str:
     within = range(1, operator["reach"] + 1)
     beyond = range(operator["reach"] + 1, results["length"])
     near = _accuracies(operator, within) if within else []
-    said = f"{operator['mixer']}: its output depends on tokens "
-    said += "at any distance" if not beyond else f"up to {operator['reach']} away"
-    if near:
-        said += f"; {number(sum(near) / len(near))} % within"
-    if beyond:
-        far = _accuracies(operator, beyond)
-        said += f", {number(sum(far) / len(far))} % beyond (a guess gives {number(results['chance'])} %)"
-    return f"{said}."
+    guess = f"a guess gives {number(results['chance'])} %"
+    said = f"{operator['mixer']}: its output depends on "
+    if not beyond:
+        return f"{said}tokens at any distance; it answers {number(sum(near) / len(near))} % of the questions ({guess})."
+    far = _accuracies(operator, beyond)
+    there = f"{number(sum(far) / len(far))} %"
+    if not within:
+        return f"{said}no other token; it answers {there} of the questions ({guess})."
+    here = f"{number(sum(near) / len(near))} %"
+    said += f"tokens up to {operator['reach']} away"
+    return f"{said}; it answers {here} of the questions within, {there} beyond ({guess})."
 
 
 def _reach(results: dict[str, Any], operator: dict[str, Any]) -> str:
