@@ -86,7 +86,7 @@ _PROPERTIES: Mapping[str, Mapping[str, _Values]] = {
         },
         "low_rank_positions": {True: "位置上低秩", False: "位置上满秩"},
         "low_rank_channels": {True: "通道上低秩", False: "通道上满秩"},
-        "keeps_positions": {True: "每个位置都有输出", False: "输出少于位置"},
+        "keeps_positions": {True: "每个位置都有输出", False: "输出的个数少于位置数"},
         "all_matrices": {True: "任意两个位置之间可用任意通道矩阵", False: "所有位置对只用少数通道矩阵"},
         "frozen": {True: "权重可以固定", False: "权重与值分不开"},
     },
