@@ -164,3 +164,25 @@ def test_the_list_is_measured(call, monkeypatch):
     found = json.loads(out)
     assert code == 0 and [each["operator"] for each in found] == list(few)
     assert found[1]["weights"] == [1, 16, 1, 9] and found[1]["positions"] == "local" and found[1]["dynamic"] == "no"
+
+
+def test_the_list_as_a_graph(call, monkeypatch, tmp_path):
+    few = (
+        *("Convolution", "DepthwiseConv", "DynamicDepthwiseConv", "Gate", "Involution", "LinearTokenMixing"),
+        *("LocalMLP", "SelfAttention"),
+    )
+    monkeypatch.setattr("glocal.spec.available", lambda: few)
+    page = tmp_path / "graph.html"
+    code, out, _ = call("list", "--graph", str(page))
+    assert code == 0 and f"page: {page}" in out
+    boxes = {line.split()[0]: line.rstrip() for line in out.splitlines() if line.startswith(few)}  # of the later table
+    assert boxes["DepthwiseConv"].endswith("DW-S Conv.") and boxes["Gate"].endswith("-")
+    (step,) = [line for line in out.splitlines() if line.startswith("Conv. -> DW-S Conv.")]
+    assert "no longer mixes channels" in step and "1 of 1" in step
+    (step,) = [line for line in out.splitlines() if line.startswith("ViT -> PVT")]
+    assert step.split()[-2:] == ["-", "-"]  # nothing at either end
+    text = page.read_text("utf-8")
+    assert "LinearTokenMixing" in text and "权重共享" in text
+    assert "src=" not in text and "<script" not in text and "<link" not in text
+    code, _, said = call("list", "--graph", str(page / "page.html"))
+    assert code == 2 and said.count("\n") == 1

@@ -240,7 +240,7 @@ def _results(config: RecallCommand, found: dict[Run, Found], mixers: tuple[str, 
                 "mixer": mixer,
                 "right": [list(each.right) for each in own],
                 "tested": list(own[0].tested),
-                "reach": own[0].reach,
+                "reach": max(each.reach for each in own),
                 "params": own[0].params,
                 "seconds": [round(each.seconds, 1) for each in own],
             }

@@ -21,7 +21,7 @@ _PROPERTIES: Mapping[str, Mapping[str, _Values]] = {
         "pattern_over_positions": {
             "yes": "reads the same neighbours everywhere",
             "periodically": "reads in windows",
-            "no": "reads other neighbours at every position",
+            "no": "reads different neighbours at different positions",
         },
         "shared_over_channels": {
             "all": "one set of weights for all channels",
