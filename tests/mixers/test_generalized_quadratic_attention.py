@@ -17,7 +17,7 @@ REFUSES = ("GeneralizedQuadraticAttention: a spread that is not diagonal",)
 
 FAULTS = (
     ("padding is seen", "position, x, valid, queries", "position, x, None, queries"),
-    ("spreads have no gradient", "precise(self.attention_spreads)", "precise(self.attention_spreads.detach())"),
+    ("spreads have no gradient", "spreads = self.attention_spreads\n", "spreads = self.attention_spreads.detach()\n"),
     ("axis-aligned spreads do not start around 1", "torch.ones(rank) if", "torch.zeros(rank) if"),
     ("axis-aligned spreads are one for both axes", "return spreads if", "return spreads.mean(1, True) if"),
     ("every head takes the fast path", "if self.axis_aligned or self.rank == 1:", "if True:"),

@@ -16,9 +16,8 @@ ALPHA = 46.0  # spread^2 / 2: what lies a token beside the centre has a weight o
 FAULTS = {
     "mixers/quadratic_attention.py": (
         ("the definition sees padding", "position, x, valid, queries", "position, x, None, queries"),
-        ("spreads have no gradient", "precise(self.attention_spreads)", "precise(self.attention_spreads.detach())"),
+        ("spreads have no gradient", "return self.attention_spreads[", "return self.attention_spreads.detach()["),
         ("spreads start around 0", "nn.Parameter(1 + SPREAD_STD", "nn.Parameter(SPREAD_STD"),
-        ("spreads are rounded", "precise(self.attention_spreads)", "self.attention_spreads"),
         ("queries are every token", "x, valid, queries, stride=self.stride)", "x, valid, queries)"),
     ),
     ("mixers/_positional.py", "mixers/test_quadratic_attention.py", "mixers/test_gated_positional_attention.py"): (

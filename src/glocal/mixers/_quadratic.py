@@ -31,7 +31,7 @@ class QuadraticScores(PositionalAttention):
 
     @abstractmethod
     def _spreads(self) -> Tensor:
-        """S of each head, at least float32: its diagonal, [G, rank], if that is all; else [G, rank, rank]."""
+        """S of each head: its diagonal, [G, rank], if that is all; else [G, rank, rank]."""
 
     def scores(self, x: Tensor, *, queries: Tensor | None = None) -> dict[str, Tensor]:
         grid = x.shape[1:-1]

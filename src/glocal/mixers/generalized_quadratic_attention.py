@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from glocal.aggregation import Aggregation
 from glocal.arguments import flag
-from glocal.mixers._positional import precise, softmax_over_sources
+from glocal.mixers._positional import softmax_over_sources
 from glocal.mixers._quadratic import SPREAD_STD, QuadraticScores
 
 
@@ -64,7 +64,7 @@ class GeneralizedQuadraticAttention(QuadraticScores):
         self.attention_spreads = nn.Parameter(middle + SPREAD_STD * torch.randn(num_heads, *middle.shape))
 
     def _spreads(self) -> Tensor:
-        spreads = precise(self.attention_spreads)
+        spreads = self.attention_spreads
         return spreads if self.axis_aligned or self.rank == 2 else spreads[..., 0]  # a 1 x 1 matrix is diagonal
 
     def weights(self, x: Tensor, *, valid: Tensor | None = None, queries: Tensor | None = None) -> Aggregation:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from glocal.aggregation import Aggregation
-from glocal.mixers._positional import precise, softmax_over_sources
+from glocal.mixers._positional import softmax_over_sources
 from glocal.mixers._quadratic import SPREAD_STD, QuadraticScores
 
 
@@ -50,7 +50,7 @@ class QuadraticAttention(QuadraticScores):
         self.attention_spreads = nn.Parameter(1 + SPREAD_STD * torch.randn(num_heads))
 
     def _spreads(self) -> Tensor:
-        return precise(self.attention_spreads)[:, None].expand_as(self.attention_centers)
+        return self.attention_spreads[:, None].expand_as(self.attention_centers)
 
     def weights(self, x: Tensor, *, valid: Tensor | None = None, queries: Tensor | None = None) -> Aggregation:
         (position,) = self._scores(x, queries=queries).values()
