@@ -247,6 +247,16 @@ def test_parameters_and_cost():
     assert mixer.macs((9,)) == 9 * (2 * gates * 13 + 2 * gates * 15 + 80)
 
 
+def test_an_ended_sequence_does_not_go_on(build, tokens):
+    mixer, x, cache = build("GRU()", DIM), tokens(2, 6, DIM), glocal.Cache()
+    valid = torch.ones(2, 6, dtype=torch.bool)
+    valid[1, 2:] = False
+    mixer(x[:, :3], cache=cache, valid=valid[:, :3])
+    with pytest.raises(ValueError, match="GRU: valid is True behind the end of a sequence"):
+        mixer(x[:, 3:], cache=cache, valid=torch.ones_like(valid))
+    assert len(cache) == 3
+
+
 # what the contract may hear
 REFUSES = ("GRU: torch",)
 

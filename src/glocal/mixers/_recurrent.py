@@ -88,6 +88,11 @@ class Recurrent(TokenModule):
                 f"{type(self).__name__}: valid is not given, a sequence of the cache has ended in padding; give valid, "
                 "False for what follows it"
             )
+        if ended is not None and valid is not None and bool((ended & valid[:, -x.shape[1] :].any(1)).any()):
+            raise ValueError(
+                f"{type(self).__name__}: valid is True behind the end of a sequence of the cache; what follows padding "
+                "is padding, begin a new cache for a new sequence"
+            )
         layers = (1 + self.bidirectional) * self.num_layers
         # like x, not new: transforms of torch.func then see that each sequence has its own
         zero = torch.zeros_like(x[:, :1, :1]).expand(-1, layers, self.rnn.hidden_size)
