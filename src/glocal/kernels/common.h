@@ -29,19 +29,16 @@ typedef float scalar;
 #endif
 
 typedef real vec __attribute__((vector_size(32)));
+typedef real unaligned __attribute__((vector_size(32), aligned(sizeof(real)), may_alias));
 typedef lane_index ivec __attribute__((vector_size(32)));
 
 #define INLINE static inline __attribute__((always_inline))
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 
-INLINE vec load(const real *from) {
-    vec v;
-    memcpy(&v, from, sizeof v);
-    return v;
-}
+INLINE vec load(const real *from) { return *(const unaligned *)from; }
 
-INLINE void store(real *to, vec v) { memcpy(to, &v, sizeof v); }
+INLINE void store(real *to, vec v) { *(unaligned *)to = v; }
 
 INLINE real widened(scalar s) {
 #if defined(BFLOAT16)
@@ -79,5 +76,100 @@ INLINE real sum_lanes(vec v) {
     return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 #else
     return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
+}
+
+INLINE vec splat(real value) {
+#if LANES == 8
+    return (vec){value, value, value, value, value, value, value, value};
+#else
+    return (vec){value, value, value, value};
+#endif
+}
+
+INLINE vec load_widened(const scalar *from) {
+#if defined(BFLOAT16)
+    typedef uint16_t halves __attribute__((vector_size(16)));
+    typedef uint32_t wholes __attribute__((vector_size(32)));
+    halves h;
+    memcpy(&h, from, sizeof h);
+    return (vec)(__builtin_convertvector(h, wholes) << 16);
+#elif defined(FLOAT16)
+    typedef _Float16 halves __attribute__((vector_size(16)));
+    halves h;
+    memcpy(&h, from, sizeof h);
+    return __builtin_convertvector(h, vec);
+#else
+    return load(from);
+#endif
+}
+
+INLINE void store_narrowed(scalar *to, vec v) {
+#if defined(FLOAT64) || defined(FLOAT32)
+    store(to, v);
+#elif defined(BFLOAT16)
+    typedef uint16_t halves __attribute__((vector_size(16)));
+    typedef uint32_t wholes __attribute__((vector_size(32)));
+    wholes bits = (wholes)v, nan = (wholes)(v != v);
+    bits = ((bits + 0x7fff + (bits >> 16 & 1)) & ~nan) | ((bits | 0x400000) & nan);
+    halves h = __builtin_convertvector(bits >> 16, halves);
+    memcpy(to, &h, sizeof h);
+#else
+    typedef _Float16 halves __attribute__((vector_size(16)));
+    halves h = __builtin_convertvector(v, halves);
+    memcpy(to, &h, sizeof h);
+#endif
+}
+
+/* Rows become columns. */
+INLINE void transpose(vec r[LANES]) {
+#if LANES == 8
+    vec a[8], b[8];
+    for (int i = 0; i < 8; i += 2) {
+        a[i] = __builtin_shufflevector(r[i], r[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+        a[i + 1] = __builtin_shufflevector(r[i], r[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            b[i + 2 * j] = __builtin_shufflevector(a[i + j], a[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+            b[i + 2 * j + 1] = __builtin_shufflevector(a[i + j], a[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+        }
+    for (int i = 0; i < 4; i++) {
+        r[i] = __builtin_shufflevector(b[i], b[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        r[i + 4] = __builtin_shufflevector(b[i], b[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+#else
+    vec a[4];
+    for (int i = 0; i < 4; i += 2) {
+        a[i] = __builtin_shufflevector(r[i], r[i + 1], 0, 4, 2, 6);
+        a[i + 1] = __builtin_shufflevector(r[i], r[i + 1], 1, 5, 3, 7);
+    }
+    for (int i = 0; i < 2; i++) {
+        r[i] = __builtin_shufflevector(a[i], a[i + 2], 0, 1, 4, 5);
+        r[i + 2] = __builtin_shufflevector(a[i], a[i + 2], 2, 3, 6, 7);
+    }
+#endif
+}
+
+/* [a0 + a1, a2 + a3, b0 + b1, b2 + b3] in each half of two vectors. */
+INLINE vec add_pairs(vec a, vec b) {
+#if LANES == 8
+    return __builtin_shufflevector(a, b, 0, 2, 8, 10, 4, 6, 12, 14) +
+           __builtin_shufflevector(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
+#else
+    return __builtin_shufflevector(a, b, 0, 4, 2, 6) + __builtin_shufflevector(a, b, 1, 5, 3, 7);
+#endif
+}
+
+/* [sum of a[0], sum of a[1], ...]: each sum adds its lanes in the same order. */
+INLINE vec sums_of(const vec a[LANES]) {
+#if LANES == 8
+    vec b = add_pairs(add_pairs(a[0], a[1]), add_pairs(a[2], a[3]));
+    vec c = add_pairs(add_pairs(a[4], a[5]), add_pairs(a[6], a[7]));
+    return __builtin_shufflevector(b, c, 0, 1, 2, 3, 8, 9, 10, 11) +
+           __builtin_shufflevector(b, c, 4, 5, 6, 7, 12, 13, 14, 15);
+#else
+    vec b = add_pairs(a[0], a[1]), c = add_pairs(a[2], a[3]);
+    return __builtin_shufflevector(b, c, 0, 1, 4, 5) + __builtin_shufflevector(b, c, 2, 3, 6, 7);
 #endif
 }

@@ -72,10 +72,11 @@ def unavailable() -> str | None:
 def call(function: Any, *arguments: Tensor | int | float | None) -> None:
     """Calls a C function: tensors as pointers (None: a null pointer), ints as int64, floats as double.
 
-    The last argument, which is added here, is the number of threads: that of torch.
+    The last argument, which is added here, is the number of threads: that of torch. The function returns an int, 0 if
+    it had the memory that it needed.
     """
-    function.restype = None
-    function(*[_argument(a) for a in arguments], ctypes.c_int64(torch.get_num_threads()))
+    if function(*[_argument(a) for a in arguments], ctypes.c_int64(torch.get_num_threads())):
+        raise MemoryError(f"{function.__name__}: no memory for the work of {torch.get_num_threads()} threads")
 
 
 def _argument(value: Tensor | int | float | None) -> object:
@@ -93,7 +94,7 @@ def _load(source: str, dtype: torch.dtype, sizes: tuple[tuple[str, int], ...]) -
         return why
     if dtype not in TYPES:
         return f"the compiled kernels have no {dtype}"
-    text = (FOLDER / "common.h").read_bytes() + (FOLDER / source).read_bytes()
+    text = b"".join(file.read_bytes() for file in [*sorted(FOLDER.glob("*.h")), FOLDER / source])
     builds = {}
     for flags in _flags():
         build = [*_compiler(), *flags, f"-D{TYPES[dtype]}", *(f"-D{name}={value}" for name, value in sizes)]
