@@ -137,11 +137,11 @@ FAULTS = (
     ),
     ("a causal kernel ends one token late", "self.dilation * (k - 1) for k", "self.dilation * (k - 1) - 1 for k"),
     (
-        "zeros of a causal kernel stand behind",
-        "(*behind, left - self._kept(cache), 0)",
-        "(*behind, 0, left - self._kept(cache))",
+        "a causal kernel is centred",
+        "causal=self.causal,\n            past",
+        "past",
     ),
-    ("kept tokens count as zeros in front too", "left - self._kept(cache), 0", "left, 0"),
+    ("kept tokens have outputs of their own", "past=kept", "past=0"),
     ("rows of kept tokens are the queries'", ")[self._kept(cache) :]", ")[: math.prod(out)]"),
     (
         "the fast path has no bias",

@@ -180,8 +180,8 @@ FAULTS = (
     ("the prediction has no ReLU", "update=update).relu()", "update=update)"),
     (
         "the fast path has no bias",
-        "return self.project(back(out.view(planes.shape), len(self._kernel)))",
-        "return back(out.view(planes.shape), len(self._kernel))",
+        ", bias=self.bias)",
+        ")",
     ),
     ("the cost leaves out the prediction", " + hidden * self.dim * (1 + taps)", ""),
     (

@@ -17,13 +17,8 @@ FAULTS = (
     ),
     ("taps are not normalised", "logits.softmax(-1)", "logits"),
     ("a causal kernel ends one token late", "return self.kernel_size - 1 if", "return self.kernel_size - 2 if"),
-    (
-        "channels take the heads in turn",
-        ".repeat_interleave(self.dim // self.num_heads, 0)",
-        ".repeat(self.dim // self.num_heads, 1)",
-    ),
     ("the gate is the first half", "glu(self.linear1(v))", "glu(self.linear1(v).roll(self.dim, -1))"),
-    ("the fast path has no output projection", "return self.linear2(conv(", "return (conv("),
+    ("the fast path has no output projection", "return self.linear2(local_sum(", "return (local_sum("),
     (
         "no gradient reaches the kernels",
         "self._taps(self.weight.flatten(1)",
@@ -37,7 +32,7 @@ FAULTS = (
         "int:\n        return self.kernel_size - 1\n",
         "int:\n        return self.kernel_size\n",
     ),
-    ("zeros stand where the kept tokens end", "(front - self._kept(cache), 0)", "(0, front - self._kept(cache))"),
+    ("kept tokens have outputs of their own", "past=self._kept(cache)", "past=0"),
 )
 
 

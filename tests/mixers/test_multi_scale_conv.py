@@ -19,9 +19,9 @@ FAULTS = (
         "largest = self.kernel_sizes[0]",
     ),
     (
-        "the merged kernel is not dilated in the padding",
-        "padding=centre_padding(kernel.shape[2:], self.dilation)",
-        "padding=centre_padding(kernel.shape[2:])",
+        "the merged kernel is not dilated",
+        "self.bias, stride=self.stride, dilation=self.dilation",
+        "self.bias, stride=self.stride",
     ),
     (
         "the definition reads the branches' taps in another order",

@@ -80,11 +80,12 @@ def local_sum(
         raise ValueError(f"bias: has shape {tuple(bias.shape)}, needs [{x.shape[-1]}], the channels of x")
     dtype = torch.promote_types(x.dtype, w.dtype)
     dtype = dtype if bias is None else torch.promote_types(dtype, bias.dtype)
-    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
     x, w, bias = x.to(dtype), w.to(dtype), None if bias is None else bias.to(dtype)
     offset = [past - dilation * n for n in left]
-    if x.device.type == "cpu" and not torch.compiler.is_exporting():
+    if device in ("cpu", "meta") and not torch.compiler.is_exporting():
         return _sum(x, w, bias, kernel, dilation, offset, grid)
     if _is_convolution(w.shape, x.shape[-1]):
         return _by_library(x, w, bias, kernel, dilation, offset, grid)

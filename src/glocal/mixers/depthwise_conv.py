@@ -10,7 +10,7 @@ from glocal.aggregation import Aggregation, grid_positions
 from glocal.arguments import flag, odd_kernel, per_axis, positive
 from glocal.mixer import Cache, TokenMixer
 from glocal.mixers._grid import centre_padding, kernel_index, places_behind
-from glocal.mixers._library import conv, out_lengths
+from glocal.mixers._library import depthwise, out_lengths
 
 
 class DepthwiseConv(TokenMixer):
@@ -101,20 +101,15 @@ class DepthwiseConv(TokenMixer):
         return mixed if self.bias is None else mixed + self.bias
 
     def fast(self, x: Tensor, values: Tensor, *, cache: Cache | None = None) -> Tensor:
-        tokens, padding = (values.reshape(x.shape) if cache is None else values.squeeze(-1)), self._left
-        if self.causal:  # what is kept stands in front in place of zeros
-            for axis, left in enumerate(padding):
-                behind = (0, 0) * (len(padding) - axis)
-                tokens = nn.functional.pad(tokens, (*behind, left - self._kept(cache), 0))
-            padding = (0,) * len(padding)
-        return conv(
+        tokens, kept = (values.reshape(x.shape), 0) if cache is None else (values.squeeze(-1), self._kept(cache))
+        return depthwise(
             tokens,
             self.weight,
             self.bias,
             stride=self.stride,
-            padding=padding,
             dilation=self.dilation,
-            groups=self.dim,
+            causal=self.causal,
+            past=kept,
         )
 
     def out_grid(self, grid: Sequence[int]) -> tuple[int, ...]:

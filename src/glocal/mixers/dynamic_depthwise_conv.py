@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from glocal.aggregation import Aggregation, grid_positions
 from glocal.arguments import odd_kernel, positive
+from glocal.kernels import local_sum
 from glocal.mixer import TokenMixer
 from glocal.mixers._grid import centre_padding, kernel_index
-from glocal.mixers._library import back, images
 from glocal.mixers._norm import BatchNorm, normalise
 
 
@@ -84,23 +84,9 @@ class DynamicDepthwiseConv(TokenMixer):
     def fast(
         self, x: Tensor, values: Tensor, *, valid: Tensor | None = None, update_statistics: bool = False
     ) -> Tensor:
-        # one convolution with B*C groups: every image's channel meets its own kernel
         kernels = self.kernels(x, valid, update=update_statistics)
-        if self.rank == 1:
-            shape, padding = (1, *self._kernel), (0, *centre_padding(self._kernel))
-        else:
-            shape, padding = self._kernel, centre_padding(self._kernel)
-        planes = images(values.reshape(x.shape))
-        out = nn.functional.conv2d(
-            planes.flatten(0, 1)[None],
-            kernels.to(x.dtype).reshape(-1, 1, *shape),
-            padding=padding,
-            groups=x.shape[0] * self.dim,
-        )
-        return self.project(back(out.view(planes.shape), len(self._kernel)))
-
-    def unsupported(self, x: Tensor) -> str | None:
-        return "the library has no convolution of zero groups, which an empty batch needs" if x.shape[0] == 0 else None
+        kernels = kernels.view(x.shape[0], *[1] * (x.dim() - 2), *kernels.shape[1:])
+        return local_sum(values.reshape(x.shape), kernels, kernel_size=self._kernel, bias=self.bias)
 
     def macs(self, grid: Sequence[int]) -> int:
         taps, hidden = math.prod(self._kernel), self.dim // self.reduction

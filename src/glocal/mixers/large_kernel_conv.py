@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from glocal.arguments import odd_kernel, positive
-from glocal.mixers._grid import centre_padding
-from glocal.mixers._library import conv, out_lengths
+from glocal.mixers._library import depthwise, out_lengths
 from glocal.mixers._norm import BatchNorm, normalise
 from glocal.mixers.depthwise_conv import DepthwiseConv
 from glocal.operator import TokenModule
@@ -122,9 +121,7 @@ class _ConvNorm(nn.Module):
         self.bn = BatchNorm(dim)
 
     def forward(self, x: Tensor, valid: Tensor | None, *, stride: int, update: bool) -> Tensor:
-        weight = self.conv.weight
-        padding = centre_padding(weight.shape[2:])
-        out = conv(x, weight, None, stride=stride, padding=padding, dilation=1, groups=x.shape[-1])
+        out = depthwise(x, self.conv.weight, None, stride=stride)
         return normalise(self.bn, out, valid, update=update)
 
     def merged(self) -> tuple[Tensor, Tensor]:

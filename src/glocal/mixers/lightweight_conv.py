@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from glocal.aggregation import Aggregation
 from glocal.arguments import flag, odd_kernel, positive, rate, resolve_heads
+from glocal.kernels import local_sum
 from glocal.mixer import Cache, TokenMixer
 from glocal.mixers._grid import kernel_index, places_behind
-from glocal.mixers._library import conv
 
 
 class LightweightConv(TokenMixer):
@@ -107,14 +107,10 @@ class LightweightConv(TokenMixer):
         return self.linear2(mixed)
 
     def fast(self, x: Tensor, values: Tensor, *, cache: Cache | None = None, update_statistics: bool = False) -> Tensor:
-        rank, front = x.dim() - 2, self._left
-        taps = self._taps(self.weight.flatten(1), update_statistics).repeat_interleave(self.dim // self.num_heads, 0)
+        taps = self._taps(self.weight.flatten(1), update_statistics)
         tokens = values.reshape(x.shape) if cache is None else values.flatten(2)
-        if self.causal:  # what is kept stands in front in place of zeros
-            tokens = nn.functional.pad(tokens, (0, 0) + (front - self._kept(cache), 0) * rank)
-            front = 0
-        weight = taps.unflatten(-1, self.weight.shape[2:]).unsqueeze(1)
-        return self.linear2(conv(tokens, weight, None, stride=1, padding=[front] * rank, dilation=1, groups=self.dim))
+        shared = taps.view(1, *[1] * (x.dim() - 2), *taps.shape)
+        return self.linear2(local_sum(tokens, shared, left=self._left, past=self._kept(cache)))
 
     def macs(self, grid: Sequence[int]) -> int:
         taps = self.kernel_size ** len(grid)

@@ -11,7 +11,7 @@ from glocal.aggregation import Aggregation, grid_positions
 from glocal.arguments import flag, odd_kernel, positive
 from glocal.mixer import TokenMixer
 from glocal.mixers._grid import centre_padding, kernel_index
-from glocal.mixers._library import conv, out_lengths
+from glocal.mixers._library import depthwise, out_lengths
 
 
 class MultiScaleConv(TokenMixer):
@@ -110,16 +110,7 @@ class MultiScaleConv(TokenMixer):
         return total.to(self.kernels[0].dtype)
 
     def fast(self, x: Tensor, values: Tensor) -> Tensor:
-        kernel = self.merged()
-        return conv(
-            values.reshape(x.shape),
-            kernel,
-            self.bias,
-            stride=self.stride,
-            padding=centre_padding(kernel.shape[2:], self.dilation),
-            dilation=self.dilation,
-            groups=self.dim,
-        )
+        return depthwise(values.reshape(x.shape), self.merged(), self.bias, stride=self.stride, dilation=self.dilation)
 
     def out_grid(self, grid: Sequence[int]) -> tuple[int, ...]:
         return out_lengths(grid, self.stride)

@@ -1,4 +1,4 @@
-"""Kernels against plain loops, their derivatives, and torch.library's own checks."""
+"""Attention over a few sources against plain loops, and its derivatives."""
 
 import itertools
 
@@ -7,7 +7,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from glocal.kernels import gathered_scores, gathered_sum, local_sum
+from glocal.kernels import gathered_scores, gathered_sum
 
 B, N, M, G, D, K = 2, 4, 5, 2, 3, 3
 INDEX = torch.tensor([[0, 4, -1], [2, 2, 1], [-1, -1, -1], [3, 0, 4]])
@@ -51,30 +51,6 @@ def test_gathered_derivatives(index, check):
     assert check(lambda w, v: gathered_sum(w, v, index), (random(B, N, G, K), random(B, M, G, D)))
 
 
-@pytest.mark.parametrize("past", [0, 1, 3, 6])
-def test_local_sum_behind_a_past_is_the_end_of_the_whole_one(past):
-    """Also where the past is longer than the taps reach, and with kernels that all positions share."""
-    x, w = random(B, 7, 4), random(B, 7, 2, 3)
-    whole = local_sum(x, w, 2, left=2)
-    torch.testing.assert_close(local_sum(x, w[:, past:], 2, left=2, past=past), whole[:, past:])
-    shared = local_sum(x, w[:, :1], 2, left=2)
-    torch.testing.assert_close(local_sum(x, w[:, :1], 2, left=2, past=past), shared[:, past:])
-
-
-def test_every_custom_op_passes_opcheck():
-    ops = {
-        "gathered_scores": (random(B, N, G, D), random(B, M, G, D), INDEX[None]),
-        "gathered_sum": (random(B, N, G, K), random(B, M, G, D), INDEX[None]),
-        "gathered_scatter": (random(B, N, G, K), random(B, N, G, D), INDEX[None], M),
-    }
-    registered = {
-        name.removeprefix("glocal::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("glocal::")
-    }
-    assert registered == set(ops)
-    for name, arguments in ops.items():
-        torch.library.opcheck(getattr(torch.ops.glocal, name).default, arguments)
-
-
 def test_custom_ops_are_counted():
     with FlopCounterMode(display=False) as counter:
         gathered_scores(random(B, N, G, D), random(B, M, G, D), INDEX[None])
@@ -89,58 +65,6 @@ def test_gathered_shapes_are_checked():
         gathered_sum(random(B, N, G, K), random(B + 1, M, G, D), INDEX[None])
 
 
-@pytest.mark.parametrize(
-    ("grid", "w_shape", "dilation"),
-    [
-        ((5, 4), (2, 5, 4, 2, 9), 1),
-        ((5, 4), (1, 1, 1, 4, 9), 2),
-        ((3, 6), (2, 1, 1, 1, 25), 1),
-        ((7,), (2, 7, 4, 3), 3),
-        ((1, 1), (1, 1, 1, 4, 9), 1),
-    ],
-)
-def test_local_sum_is_the_loop(grid, w_shape, dilation):
-    channels, rank = 4, len(grid)
-    x, w = random(2, *grid, channels), random(*w_shape)
-    taps = list(
-        itertools.product(
-            range(-((round(w_shape[-1] ** (1 / rank))) // 2), round(w_shape[-1] ** (1 / rank)) // 2 + 1), repeat=rank
-        )
-    )
-    full = w.expand(2, *grid, *w_shape[-2:])
-    expected = torch.zeros(2, *grid, channels, dtype=torch.float64)
-    for b, *at in itertools.product(range(2), *map(range, grid)):
-        for tap, offset in enumerate(taps):
-            source = tuple(p + dilation * o for p, o in zip(at, offset, strict=True))
-            if all(0 <= s < n for s, n in zip(source, grid, strict=True)):
-                for c in range(channels):
-                    group = c // (channels // w_shape[-2])
-                    expected[(b, *at, c)] += full[(b, *at, group, tap)] * x[(b, *source, c)]
-    torch.testing.assert_close(local_sum(x, w, dilation), expected)
-    assert gradcheck(lambda x, w: local_sum(x, w, dilation), (x, w), fast_mode=True)
-    assert gradgradcheck(lambda x, w: local_sum(x, w, dilation), (x, w), fast_mode=True)
-
-
-@pytest.mark.parametrize(("grid", "kernel", "left"), [((7,), 4, 3), ((7,), 3, 0), ((4, 5), 2, 1), ((3, 2), 3, 2)])
-def test_local_sum_with_taps_on_one_side_is_the_centred_one_with_zeros(grid, kernel, left):
-    """Zeros around the kernel bring its tap `left` to the middle."""
-    rank = len(grid)
-    x, w = random(2, *grid, 4), random(2, *grid, 2, kernel**rank)
-    half = max(left, kernel - 1 - left)
-    ends = (half - left, half - (kernel - 1 - left))
-    centred = torch.nn.functional.pad(w.unflatten(-1, (kernel,) * rank), ends * rank).flatten(-rank)
-    torch.testing.assert_close(local_sum(x, w, 2, left=left), local_sum(x, centred, 2))
-
-
-def test_local_sum_refuses_what_does_not_fit():
-    with pytest.raises(ValueError, match="left: 3, must be from 0 to 2"):
-        local_sum(random(2, 5, 4, 4), random(1, 1, 1, 4, 9), left=3)
-    with pytest.raises(ValueError, match="K odd"):
-        local_sum(random(2, 5, 4, 4), random(1, 1, 1, 4, 16))
-    with pytest.raises(ValueError, match="3 groups do not divide the 4 channels"):
-        local_sum(random(2, 5, 4, 4), random(1, 1, 1, 3, 9))
-
-
 def test_kernels_sum_in_float32():
     """In bfloat16, 256 + 1 is 256 again: a running sum of that width would never leave it."""
     ones = torch.ones(25, dtype=torch.bfloat16)
@@ -151,8 +75,6 @@ def test_kernels_sum_in_float32():
         ones.view(1, 25, 1, 1), terms.view(1, 25, 1, 1), first.view(1, 25, 1), 1
     )
     assert scattered.item() == 280
-    assert local_sum(ones.view(1, 5, 5, 1), terms.view(1, 1, 1, 1, 25))[0, 2, 2].item() == 280
-    assert local_sum(ones.view(1, 5, 5, 1), terms.view(1, 1, 1, 1, 25)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("infinite", [float("inf"), float("nan")])
@@ -228,24 +150,6 @@ FAULTS = {
             "sums are taken in bfloat16",
             "    return torch.promote_types(tensor.dtype, torch.float32)",
             "    return tensor.dtype",
-        ),
-    ),
-    "kernels/local_sum.py": (
-        (
-            "taps are next to each other whatever the dilation",
-            "narrow(axis + 1, o * dilation, ",
-            "narrow(axis + 1, o, ",
-        ),
-        ("taps come column by column", "enumerate(offset):", "enumerate(reversed(offset)):"),
-        (
-            "channels of a group lie apart",
-            ".unflatten(-1, (w.shape[-2], -1))",
-            ".unflatten(-1, (-1, w.shape[-2])).transpose(-1, -2)",
-        ),
-        (
-            "sums are taken in bfloat16",
-            "wide = torch.promote_types(torch.promote_types(x.dtype, w.dtype), torch.float32)",
-            "wide = torch.promote_types(x.dtype, w.dtype)",
         ),
     ),
 }

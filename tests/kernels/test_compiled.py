@@ -1,0 +1,122 @@
+"""C code that is compiled on demand: found again, never half written, and done without where it cannot be."""
+
+import os
+import stat
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from glocal.kernels import compiled, local_sum
+
+SCRIPT = """
+    import sys, time, torch
+    from glocal.kernels import compiled, local_sum
+    x, w = torch.randn(1, 6, 5, 8), torch.randn(1, 1, 1, 8, 49)
+    y = local_sum(x, w)
+    expected = torch.nn.functional.conv2d(x.movedim(-1, 1), w.view(8, 1, 7, 7), padding=3, groups=8).movedim(1, -1)
+    torch.testing.assert_close(y, expected)
+    print(compiled.unavailable() or compiled._load("local_sum.c", torch.float32, (
+        ("DILATION", 1), ("KH", 7), ("KW", 7), ("SHARED", 1), ("SUM", 1))))
+"""
+
+
+def start(cache, **environment):
+    environment = {**os.environ, "GLOCAL_CACHE": str(cache), **environment}
+    command = [sys.executable, "-c", textwrap.dedent(SCRIPT)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def said(process):
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    return out.strip()
+
+
+needs_compiler = pytest.mark.skipif(compiled.unavailable() is not None, reason=str(compiled.unavailable()))
+
+
+@needs_compiler
+def test_processes_that_start_together_build_one_library(tmp_path):
+    processes = [start(tmp_path) for _ in range(4)]
+    assert all("CDLL" in said(p) for p in processes)
+    files = sorted(f.name for f in (tmp_path / "kernels").iterdir())
+    assert len(files) == 1 and files[0].startswith("local_sum-") and files[0].endswith(".so")
+    built = (tmp_path / "kernels" / files[0]).stat().st_mtime_ns
+    assert "CDLL" in said(start(tmp_path))
+    assert (tmp_path / "kernels" / files[0]).stat().st_mtime_ns == built  # and it is found again
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"CC": "/nowhere/cc"}, "the C compiler that CC names, /nowhere/cc, was not found"),
+        ({"GLOCAL_KERNELS": "eager"}, "GLOCAL_KERNELS=eager is set"),
+        ({"CC": "false"}, "the C compiler failed: exit status 1"),
+    ],
+)
+def test_without_a_compiler_the_result_is_the_same(tmp_path, environment, reason):
+    assert said(start(tmp_path, **environment)) == reason
+    assert list(tmp_path.rglob("*.so")) == []
+
+
+@needs_compiler
+def test_what_the_compiler_says_is_told(tmp_path):
+    assert "unrecognized" in said(start(tmp_path, GLOCAL_CFLAGS="-mno-such-machine"))
+
+
+@needs_compiler
+def test_flags_of_another_machine_are_another_library(tmp_path):
+    said(start(tmp_path))
+    said(start(tmp_path, GLOCAL_CFLAGS="-O1"))
+    assert len(list((tmp_path / "kernels").iterdir())) == 2
+
+
+@needs_compiler
+def test_a_broken_library_is_said_and_done_without(tmp_path):
+    said(start(tmp_path))
+    (library,) = (tmp_path / "kernels").iterdir()
+    library.write_bytes(b"not a library")
+    assert said(start(tmp_path)).startswith("a compiled kernel could not be loaded")
+
+
+@needs_compiler
+def test_a_cache_that_cannot_be_written_to_is_replaced(tmp_path):
+    """By a folder of the process itself: what others may write to is never loaded."""
+    (tmp_path / "file").write_text("")
+    assert "glocal-kernels-" in said(start(tmp_path / "file"))
+
+
+def test_the_cache_is_the_users_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLOCAL_CACHE", str(tmp_path))
+    folder = compiled._folder.__wrapped__()
+    assert folder == tmp_path / "kernels" and stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_types_without_code_run_eagerly():
+    with pytest.raises(compiled.Unavailable, match=r"no torch\.int64"):
+        compiled.load("local_sum.c", torch.int64)
+    x, w = torch.arange(5.0).view(1, 5, 1), torch.ones(1, 1, 1, 3)
+    assert local_sum(x, w).flatten().tolist() == [1, 3, 6, 9, 7]
+
+
+def test_a_call_without_memory_raises():
+    class Refuses:
+        __name__ = "refuses"
+
+        def __call__(self, *arguments):
+            return 1
+
+    with pytest.raises(MemoryError, match="refuses: no memory"):
+        compiled.call(Refuses())
+
+
+FAULTS = (
+    ("a library is written under its own name while it is built", "os.replace(unfinished, path)", "pass"),
+    ("sources do not count for the name", "hashlib.sha256(text + ", "hashlib.sha256("),
+    ("the types of elements share a library", 'f"-D{TYPES[dtype]}", ', '"-DFLOAT32", '),
+    ("anybody may write to the cache", "mode=0o700", "mode=0o777"),
+    ("a failure of memory goes unnoticed", "raise MemoryError(", "print("),
+)

@@ -1,0 +1,35 @@
+"""Every operation that the kernels register passes torch.library's own checks, on arguments that are told here."""
+
+import pytest
+import torch
+
+import glocal.kernels  # noqa: F401
+
+DOUBLE = {"dtype": torch.float64, "requires_grad": True}
+INDEX = torch.tensor([[[0, 4, -1], [2, 2, 1], [-1, -1, -1], [3, 0, 4]]])
+SIZES = ([3, 3], 1, [-1, -1], [5, 4])  # kernel, dilation, offset, grid
+
+
+def arguments():
+    """Of each operation, those of several calls."""
+    tokens, shared = torch.randn(2, 5, 4, 6, **DOUBLE), torch.randn(1, 1, 1, 6, 9, **DOUBLE)
+    own, bias = torch.randn(2, 5, 4, 3, 9, **DOUBLE), torch.randn(6, **DOUBLE)
+    return {
+        "gathered_scores": [(torch.randn(2, 4, 2, 3, **DOUBLE), torch.randn(2, 5, 2, 3, **DOUBLE), INDEX)],
+        "gathered_sum": [(torch.randn(2, 4, 2, 3, **DOUBLE), torch.randn(2, 5, 2, 3, **DOUBLE), INDEX)],
+        "gathered_scatter": [(torch.randn(2, 4, 2, 3, **DOUBLE), torch.randn(2, 4, 2, 3, **DOUBLE), INDEX, 5)],
+        "local_sum": [(tokens, shared, bias, *SIZES), (tokens, own, None, *SIZES), (tokens, own, bias, *SIZES)],
+        "local_sum_transposed": [(tokens, shared, *SIZES), (tokens, own, *SIZES)],
+        "local_sum_products": [(tokens, tokens, *SIZES[:3], shared.shape), (tokens, tokens, *SIZES[:3], own.shape)],
+    }
+
+
+def test_every_operation_is_checked():
+    registered = torch._C._dispatch_get_all_op_names()
+    assert {name.removeprefix("glocal::") for name in registered if name.startswith("glocal::")} == set(arguments())
+
+
+@pytest.mark.parametrize("name", arguments())
+def test_opcheck(name):
+    for call in arguments()[name]:
+        torch.library.opcheck(getattr(torch.ops.glocal, name).default, call)
