@@ -5,6 +5,7 @@ import json
 import pytest
 
 from glocal import cli
+from glocal.kernels import compiled
 
 MINE = """
 import torch
@@ -137,6 +138,28 @@ def test_paths_are_explained(call, arguments, path):
     assert lines["stored"] == "weights (1, 64, 1, 9), 0.00 MiB"
     assert lines["dense"].startswith(f"weights (1, 64, 3136, 3136), {64 * 3136**2 * 4 / 2**20:,.2f} MiB")
     assert lines["cost"].startswith(f"{3136 * 9 * 64:,} multiply-adds")
+
+
+@pytest.mark.parametrize(
+    ("operator", "kernel"),
+    [
+        ("DepthwiseConv(kernel_size=7)", "kernel   local_sum: compiled by cc"),
+        ("GatedMixture(a=SelfAttention, b=DepthwiseConv)", "kernel   gathered_sum: plain PyTorch"),
+    ],
+)
+def test_kernels_are_named(call, monkeypatch, operator, kernel):
+    monkeypatch.setattr(compiled, "unavailable", lambda: None)
+    monkeypatch.setattr(compiled, "_compiler", lambda: ("cc",))
+    code, out, _ = call("explain-path", operator, "--shape", "1", "8", "8", "32")
+    assert code == 0 and kernel in out.splitlines()
+
+
+def test_a_missing_compiler_is_named(call, monkeypatch):
+    monkeypatch.setattr(compiled, "unavailable", lambda: "no C compiler was found")
+    code, out, _ = call("explain-path", "DepthwiseConv", "--shape", "1", "8", "8", "32")
+    assert code == 0 and "kernel   local_sum: plain PyTorch, since no C compiler was found" in out.splitlines()
+    code, out, _ = call("explain-path", "DepthwiseConv", "--shape", "1", "8", "8", "32", "--impl", "reference")
+    assert code == 0 and "kernel" not in out.replace("kernel_size", "")
 
 
 def test_why_not_the_other_path(call):

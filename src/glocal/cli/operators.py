@@ -2,12 +2,16 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from glocal.cli.parsing import UserError, parse, said_in_one_line
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from glocal.contract import Outcome
+    from glocal.mixer import TokenMixer
 
 
 def check_operator_command(name: str, arguments: Sequence[str]) -> int:
@@ -98,12 +102,15 @@ def explain_path_command(name: str, arguments: Sequence[str]) -> int:
         reason = mixer.unsupported(x, **mixer.besides(x))
         x = x.to("meta")  # shapes are all that is asked for
         found = mixer.to("meta").eval().weights(x, **mixer.besides(x))
+        kernels = _kernels(mixer, x) if reason is None and command.impl != "reference" else []
         macs = mixer.macs(grid)
     stored = tuple(found.weights.shape)
     dense = (stored[0], found.num_groups, found.num_queries, found.num_sources)
     size = dtype.itemsize / 2**20
     print(f"{mixer!r} on {tuple(command.shape)}, {command.dtype}\n")
     print(f"path     {_path(command.impl, type(mixer).__name__, reason)}")
+    for kernel in kernels:
+        print(f"kernel   {kernel}")
     print(f"stored   weights {stored}, {math.prod(stored) * size:,.2f} MiB")
     print(f"dense    weights {dense}, {math.prod(dense) * size:,.2f} MiB; never made unless asked for")
     print(f"cost     {macs:,} multiply-adds of the definition, for one image")
@@ -117,3 +124,22 @@ def _path(impl: str, name: str, reason: str | None) -> str:
     if reason is None:
         return "the fast one: the weights are not formed"
     return ("the definition" if impl == "auto" else "none, the call is refused") + why_not
+
+
+def _kernels(mixer: "TokenMixer", x: "Tensor") -> list[str]:
+    """The kernels of ours that a call runs, and how; none where an operator cannot be called without computing."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from glocal.kernels import compiled
+
+    seen: dict[str, None] = {}
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function.namespace == "glocal":
+                seen[function._schema.name.partition("::")[2]] = None
+            return function(*args, **(kwargs or {}))
+
+    with suppress(Exception), Record():
+        mixer(x, **mixer.besides(x))
+    return [f"{name}: {compiled.how(name)}" for name in seen]

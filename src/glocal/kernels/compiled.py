@@ -69,6 +69,14 @@ def unavailable() -> str | None:
     return None
 
 
+def how(operation: str) -> str:
+    """In words, how an operation of torch.ops.glocal runs on a CPU of this machine."""
+    if not any(operation.startswith(file.stem) for file in FOLDER.glob("*.c")):
+        return "plain PyTorch"
+    why = unavailable()
+    return f"compiled by {_compiler()[0]}" if why is None else f"plain PyTorch, since {why}"
+
+
 def call(function: Any, *arguments: Tensor | int | float | None) -> None:
     """Calls a C function: tensors as pointers (None: a null pointer), ints as int64, floats as double.
 
