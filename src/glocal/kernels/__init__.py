@@ -1,5 +1,6 @@
 """Fast paths that are code of their own: tensors in, tensors out."""
 
+from glocal.kernels.biased_attention import biased_attention as biased_attention
 from glocal.kernels.gathered import gathered_scores as gathered_scores
 from glocal.kernels.gathered import gathered_sum as gathered_sum
 from glocal.kernels.local_sum import local_sum as local_sum

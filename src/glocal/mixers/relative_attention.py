@@ -8,10 +8,10 @@ from torch import Tensor
 
 from glocal.aggregation import Aggregation, grid_positions
 from glocal.arguments import extents, flag, per_axis
+from glocal.kernels import biased_attention
 from glocal.mixers._attention import (
     Attention,
     mask_bias,
-    masked,
     masked_softmax,
     sdpa,
     sum_of,
@@ -108,15 +108,16 @@ class RelativeAttention(Attention):
 
     def fast(self, x: Tensor, values: Tensor, *, valid: Tensor | None = None) -> Tensor:
         q, k = self.heads(x, 0), self.heads(x, 1)
-        seen = None if valid is None else valid.flatten(1)[:, None, None]
-        mask = None if seen is None else mask_bias(seen, q.dtype)
-        if not self.position_bias:
-            return self.proj(sdpa(q, k, values, bias=mask))
-        position = self._bias(x, valid, None).to(q.dtype)
-        if not self.after_softmax:
-            return self.proj(sdpa(q, k, values, bias=position if seen is None else masked(position, seen)))
-        static = torch.einsum("bgnm,bmgd->bngd", position, values).flatten(2)
-        return self.proj(sdpa(q, k, values, bias=mask) + static)
+        sources = None if valid is None else valid.flatten(1)
+        if self.position_bias and not self.after_softmax:
+            grid = tuple(x.shape[1:-1])
+            return self.proj(biased_attention(q, k, values, self._table(grid, valid), grid, valid=sources).flatten(2))
+        mask = None if sources is None else mask_bias(sources[:, None, None], q.dtype)
+        mixed = sdpa(q, k, values, bias=mask)
+        if self.position_bias:
+            position = self._bias(x, valid, None).to(q.dtype)
+            mixed = mixed + torch.einsum("bgnm,bmgd->bngd", position, values).flatten(2)
+        return self.proj(mixed)
 
     def macs(self, grid: Sequence[int]) -> int:
         n = math.prod(grid)
@@ -128,9 +129,15 @@ class RelativeAttention(Attention):
 
     def _bias(self, x: Tensor, valid: Tensor | None, queries: Tensor | None) -> Tensor:
         """[B|1, heads, N, N]: the table at this size, or at each image's own."""
-        grid, table = tuple(x.shape[1:-1]), self.relative_position_bias_table
-        assert table is not None
+        grid = tuple(x.shape[1:-1])
+        tables = self._table(grid, valid)
         if valid is None:
-            return relative_bias(resized_bias(table, grid), grid, queries=queries)[None]
-        tables = resized_bias_of_each(table, extents(valid), grid)
+            return relative_bias(tables, grid, queries=queries)[None]
         return relative_bias(tables.flatten(0, 1), grid, queries=queries).unflatten(0, tables.shape[:2])
+
+    def _table(self, grid: Sequence[int], valid: Tensor | None) -> Tensor:
+        """[heads, *(2*S - 1)] at this size, or [B, ...] at each image's own."""
+        assert self.relative_position_bias_table is not None
+        if valid is None:
+            return resized_bias(self.relative_position_bias_table, grid)
+        return resized_bias_of_each(self.relative_position_bias_table, extents(valid), grid)
