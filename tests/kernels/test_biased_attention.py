@@ -122,6 +122,26 @@ def test_low_precision_stays_near(cut, dtype):
         assert (ours.double() - truth).abs().max() <= allowed
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_autocast_chooses_the_type_and_nothing_else(cut, inside):
+    grid = (2, 3)
+    q, k, v, table = (t.detach().float().requires_grad_() for t in tensors(2, grid))
+    inputs = [q.half(), k.half(), v, table]  # as projections and tokens are
+    valid = torch.tensor([[True] * 6, [False] * 6])
+    with torch.autocast("cpu", torch.float16):
+        out = biased_attention(*inputs, grid, valid=valid)
+        assert out.dtype == torch.float16
+        with torch.no_grad():
+            torch.testing.assert_close(biased_attention(*inputs, grid, valid=valid), out, rtol=1e-2, atol=1e-2)
+    expected = by_loop(q[:1], k[:1], v[:1], table, grid)
+    torch.testing.assert_close(out[:1].float(), expected, rtol=1e-2, atol=1e-2)
+    with torch.autocast("cpu", torch.float16, enabled=inside):
+        found = torch.autograd.grad(out, (q, k, v, table), torch.ones_like(out))
+    expected = torch.autograd.grad(expected, (q, k, v, table), torch.ones_like(expected))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
+
+
 def test_types_that_differ_are_promoted(cut):
     grid = (2, 3)
     q, k, v, table = tensors(2, grid)
@@ -352,6 +372,16 @@ FAULTS = {
             "the columns of the table's gradient are not moved",
             "entries[..., column : column + width] += ",
             "entries[..., :width] += ",
+        ),
+        (
+            "autocast chooses the types of single products",
+            "with torch.autocast(q.device.type, enabled=False):",
+            "if True:",
+        ),
+        (
+            "a finite mask is cast to -inf by autocast",
+            "dtype = torch.get_autocast_dtype(q.device.type)  # here",
+            "pass  # here",
         ),
         (
             "there are no second derivatives",

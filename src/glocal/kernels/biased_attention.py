@@ -9,7 +9,8 @@ and all biases are views of it.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def biased_attention(
         valid: bool [B, N], True at sources that are seen; a query of an image without any gets 0.
 
     Returns:
-        [B, N, G, D'], in the common type of q, k and v, to which the biases are rounded as well.
+        [B, N, G, D'], in the common type of q, k and v, or autocast's, to which the biases are rounded as well.
 
     Cost: 2*B*G*N^2*D multiply-adds, backward 5*B*G*N^2*D. Memory: 4 MiB of biases, or those of one row of queries;
     backward copies of its tensors, up to three blocks of 2 MiB and W tables. The table's gradient is added up in a
@@ -52,6 +53,8 @@ def biased_attention(
     table = table if table.dim() - len(grid) == 2 else table[None]
     table = table if len(grid) == 2 else table[..., None]
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    if torch.is_autocast_enabled(q.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(q.device.type)  # here, since the library's turns a finite mask into -inf
     q, k, v = (t.to(dtype) for t in (q, k, v))
     attend = _biased_attention
     if not torch.compiler.is_compiling():  # nothing asked of lengths that are symbols
@@ -63,7 +66,19 @@ def biased_attention(
     return out if valid is None else torch.where(valid.any(1)[:, None, None, None], out, 0)
 
 
+def _exactly(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function without autocast, which would choose the types of its products."""
+
+    @wraps(function)
+    def call(q: Tensor, *others: Tensor | None) -> Any:
+        with torch.autocast(q.device.type, enabled=False):
+            return function(q, *others)
+
+    return call
+
+
 @torch.library.custom_op("glocal::biased_attention", mutates_args=())
+@_exactly
 def _biased_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, valid: Tensor | None) -> Tensor:
     height, width = _grid(table)
     _check(q, k, v, table, (height, width), valid)
@@ -81,6 +96,7 @@ def _biased_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, valid: Ten
 
 
 @torch.library.custom_op("glocal::biased_attention_backward", mutates_args=())
+@_exactly
 def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, table: Tensor, valid: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -132,6 +148,7 @@ def _join(gathered: Tensor, biases: Tensor, rows: slice) -> None:
         gathered[..., row : row + biases.shape[-2], :] += biases[:, :, i]
 
 
+@_exactly
 def plain(q: Tensor, k: Tensor, v: Tensor, table: Tensor, valid: Tensor | None) -> Tensor:
     """The same by N x N weights; differentiable any number of times."""
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -140,6 +157,7 @@ def plain(q: Tensor, k: Tensor, v: Tensor, table: Tensor, valid: Tensor | None) 
     return (_masked(scores, valid).softmax(-1) @ v.to(wide).transpose(1, 2)).transpose(1, 2).to(q.dtype)
 
 
+@_exactly
 def _at_once(q: Tensor, k: Tensor, v: Tensor, table: Tensor, valid: Tensor | None) -> Tensor:
     """The library's attention with all biases; not to be differentiated."""
     bias = _windows(table.to(q.dtype)).flatten(4).flatten(2, 3).flip(3)

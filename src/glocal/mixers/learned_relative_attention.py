@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from glocal.aggregation import Aggregation
 from glocal.arguments import flag, per_axis, positive
-from glocal.mixers._attention import masked, sdpa, sum_of
+from glocal.kernels import biased_attention
+from glocal.mixers._attention import sum_of
 from glocal.mixers._positional import (
     PositionalAttention,
     mix_by_axes,
@@ -98,10 +99,11 @@ class LearnedRelativeAttention(PositionalAttention):
         if not self.content:
             return self.project(mix_by_axes(self._by_axis(x), values, x.shape[1:-1], valid))
         q, k = self._queries_and_keys(x)
-        bias = self._position(x, None).to(q.dtype)
-        if valid is not None:
-            bias = masked(bias, valid.flatten(1)[:, None, None])
-        return self.project(sdpa(q, k, values.expand(-1, -1, self.num_heads, -1), bias=bias))
+        first, *others = (known.T for known in self._known(x))  # [heads, 2n - 1], by source minus query
+        table = first.flip(1) if not others else (first[:, :, None] + others[0][:, None]).flip(1, 2)
+        sources = None if valid is None else valid.flatten(1)
+        values = values.expand(-1, -1, self.num_heads, -1)
+        return self.project(biased_attention(q, k, values, table, tuple(x.shape[1:-1]), valid=sources).flatten(2))
 
     def macs(self, grid: Sequence[int]) -> int:
         n = math.prod(grid)
@@ -127,12 +129,16 @@ class LearnedRelativeAttention(PositionalAttention):
 
     def _by_axis(self, x: Tensor) -> list[Tensor]:
         """[heads, n, n] for each axis: the score of each source for each query."""
+        known = zip(self._known(x), x.shape[1:-1], strict=True)
+        return [score[axis_offsets(n, x.device) + n - 1].movedim(-1, 0) for score, n in known]
+
+    def _known(self, x: Tensor) -> list[Tensor]:
+        """[2n - 1, heads] for each axis: the score of each offset, source minus query."""
         along_row = (self.row_embeddings, self.head_keys_row)
         tables = [along_row] if self.rank == 1 else [(self.col_embeddings, self.head_keys_col), along_row]
         scores = []
         for axis, ((embeddings, head_keys), size) in enumerate(zip(tables, self._sizes, strict=True)):
             n = x.shape[axis + 1]
             rows = relative_rows("LearnedRelativeAttention", axis, size, n, x.device)
-            known = precise(head_keys(embeddings(rows)))  # [2n - 1, heads]
-            scores.append(known[axis_offsets(n, x.device) + n - 1].movedim(-1, 0))
+            scores.append(precise(head_keys(embeddings(rows))))
         return scores
