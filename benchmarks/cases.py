@@ -14,6 +14,7 @@ from timing import Call
 from torch import Tensor, nn
 
 import glocal
+from glocal import kernels
 from glocal.kernels import local_sum
 
 OURS = "glocal"
@@ -122,9 +123,20 @@ def attention_core(spec: str, shape: Sequence[int], table: str) -> tuple[tuple[T
     return tensors, core(mixer, shape[1:-1], table)
 
 
+def packed(q: Tensor, k: Tensor, v: Tensor, grid: Sequence[int]) -> Tensor:
+    """As one projection gives them: [B, *S, 3*C]."""
+    return torch.cat([t.flatten(2) for t in (q, k, v)], -1).unflatten(1, tuple(grid))
+
+
 def neighborhood(shape: Sequence[int], heads: int, kernel: int, compiled: bool) -> Problem:
     spec, grid = f"NeighborhoodAttention(kernel_size={kernel}, num_heads={heads})", shape[1:-1]
     tensors, ours = attention_core(spec, shape, "rpb")
+    if hasattr(kernels, "neighborhood_attention"):  # otherwise what the mixer does without it
+        ours = Call(
+            lambda q, k, v, table: kernels.neighborhood_attention(q, k, v, table, kernel_size=kernel),
+            lambda q, k, v, table: (*(t.unflatten(1, grid) for t in (q, k, v)), table),
+            lambda out: out.flatten(1, 2),
+        )
     calls = {
         OURS: ours,
         "unfold": peers.neighborhood_unfolded(grid, kernel),
@@ -149,6 +161,14 @@ def relative(shape: Sequence[int], heads: int, compiled: bool) -> Problem:
 def window(shape: Sequence[int], heads: int, size: int, shift: int, compiled: bool) -> Problem:
     spec = f"WindowAttention(window_size={size}, num_heads={heads}, shift_size={shift})"
     tensors, ours = attention_core(spec, shape, "relative_position_bias_table")
+    if hasattr(kernels, "window_attention"):
+        ours = Call(
+            lambda qkv, table: kernels.window_attention(
+                qkv, table, num_heads=heads, window_size=(size, size), shift_size=shift
+            ),
+            lambda q, k, v, table: (packed(q * (shape[-1] // heads) ** 0.5, k, v, shape[1:-1]), table),
+            lambda out: out.flatten(1, 2).unflatten(-1, (heads, -1)),
+        )
     calls = {OURS: ours}
     for name in FUSED:
         calls[name] = peers.timm_window_core(shape[1:-1], shape[-1], heads, size, shift, name != "timm")
