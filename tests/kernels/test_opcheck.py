@@ -14,6 +14,8 @@ def arguments():
     """Of each operation, those of several calls."""
     tokens, shared = torch.randn(2, 5, 4, 6, **DOUBLE), torch.randn(1, 1, 1, 6, 9, **DOUBLE)
     own, bias = torch.randn(2, 5, 4, 3, 9, **DOUBLE), torch.randn(6, **DOUBLE)
+    heads = [torch.randn(2, 6, 2, 4, **DOUBLE) for _ in range(3)]
+    table, valid = torch.randn(2, 2, 3, 5, dtype=torch.float64), torch.tensor([[True] * 6, [True] * 3 + [False] * 3])
     return {
         "gathered_scores": [(torch.randn(2, 4, 2, 3, **DOUBLE), torch.randn(2, 5, 2, 3, **DOUBLE), INDEX)],
         "gathered_sum": [(torch.randn(2, 4, 2, 3, **DOUBLE), torch.randn(2, 5, 2, 3, **DOUBLE), INDEX)],
@@ -21,6 +23,11 @@ def arguments():
         "local_sum": [(tokens, shared, bias, *SIZES), (tokens, own, None, *SIZES), (tokens, own, bias, *SIZES)],
         "local_sum_transposed": [(tokens, shared, *SIZES), (tokens, own, *SIZES)],
         "local_sum_products": [(tokens, tokens, *SIZES[:3], shared.shape), (tokens, tokens, *SIZES[:3], own.shape)],
+        "biased_attention": [(*heads, table[:1], None), (*heads, table, valid)],
+        "biased_attention_backward": [
+            (heads[0].detach(), *(t.detach() for t in (*heads, some)), seen)
+            for some, seen in ((table[:1], None), (table, valid))
+        ],
     }
 
 
