@@ -194,6 +194,17 @@ def test_weights_hold_one_kernel_for_each_query(build, tokens, border):
 
 # planted by scripts/mutate
 FAULTS = (
+    ("the fast path does not scale the queries", "scale=self.scale,", "scale=1.0,"),
+    (
+        "the fast path sees padding",
+        "valid=None if valid is None or shifted else valid.reshape(sources)",
+        "valid=None",
+    ),
+    (
+        "the fast path's windows are moved inward by the batch's size",
+        "extents=None if valid is None or not shifted else extents(valid)",
+        "extents=None",
+    ),
     (
         "the bias table is flipped: query minus source",
         "(torch.arange(kernel, device=x.device) + kernel - 1 - before)[None]",
@@ -209,7 +220,7 @@ FAULTS = (
         "self.dilation * (self._kernel[0] - 1) if",
         "self.dilation * (self._kernel[0] - 1) - 1 if",
     ),
-    ("keys are not joined", "q, k if cache is None else", "q, k if True else"),
+    ("keys are not joined", "return k if cache is None else", "return k if True else"),
     ("kept tokens are queries too", "index = index[:, kept:]", "index = index[:, : index.shape[1] - kept]"),
     ("a causal query sees the token after it", "kernel - 1 if self.causal else", "kernel - 2 if self.causal else"),
     (

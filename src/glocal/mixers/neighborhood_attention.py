@@ -9,9 +9,9 @@ from torch import Tensor
 
 from glocal.aggregation import Aggregation
 from glocal.arguments import extents, flag, odd_kernel, per_axis, positive
-from glocal.kernels import gathered_scores, gathered_sum
+from glocal.kernels import neighborhood_attention
 from glocal.mixer import Cache
-from glocal.mixers._attention import Attention, masked_softmax, sum_of, table_parameter
+from glocal.mixers._attention import Attention, masked_softmax, part_of, sum_of, table_parameter
 from glocal.mixers._grid import join, pick_or_zero, places_behind, taps
 
 
@@ -90,7 +90,7 @@ class NeighborhoodAttention(Attention):
         cache: Cache | None = None,
     ) -> dict[str, Tensor]:
         index, bias = self._neighbors(x, valid, queries, self._kept(cache))
-        q, k = self._queries_and_keys(x, cache)
+        q, k = self.heads(x, 0), self._keys(x, cache)
         q = q if queries is None else q[:, queries]
         content = torch.einsum("bngd,bnkgd->bgnk", q, pick_or_zero(k, index))
         return {"content": content} if bias is None else {"content": content, "position": bias}
@@ -118,12 +118,25 @@ class NeighborhoodAttention(Attention):
         )
 
     def fast(self, x: Tensor, values: Tensor, *, valid: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        index, bias = self._neighbors(x, valid, None, self._kept(cache))
-        content = gathered_scores(*self._queries_and_keys(x, cache), index)  # [B, N, heads, K]
-        if bias is not None:
-            content = content + bias.transpose(1, 2).to(content.dtype)
-        weights = masked_softmax(content, _seen(index, valid)[:, :, None])
-        return self.proj(gathered_sum(weights, values, index).flatten(2))
+        kept = self._kept(cache)
+        q = part_of(self.qkv, x.flatten(1, -2), 0, self.out_dim).unflatten(-1, (self.num_heads, -1))
+        k = self._keys(x, cache)
+        sources = (x.shape[0], *(n + kept for n in x.shape[1:-1]))
+        shifted = self.border == "shifted"
+        mixed = neighborhood_attention(
+            q.reshape(*x.shape[:-1], *q.shape[2:]),
+            k.reshape(*sources, *k.shape[2:]),
+            values.reshape(*sources, *values.shape[2:]),
+            self.rpb,
+            kernel_size=self._kernel,
+            dilation=self.dilation,
+            causal=self.causal,
+            border=self.border,
+            scale=self.scale,
+            valid=None if valid is None or shifted else valid.reshape(sources),
+            extents=None if valid is None or not shifted else extents(valid),
+        )
+        return self.proj(mixed.flatten(-2).flatten(1, -2))
 
     def macs(self, grid: Sequence[int]) -> int:
         n = math.prod(grid)
@@ -133,9 +146,9 @@ class NeighborhoodAttention(Attention):
     def remembers(self) -> int | None:
         return self.dilation * (self._kernel[0] - 1) if self.causal else None
 
-    def _queries_and_keys(self, x: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor]:
-        q, k = self.heads(x, 0), self.heads(x, 1)
-        return q, k if cache is None else cache.join("keys", k, self.remembers)
+    def _keys(self, x: Tensor, cache: Cache | None) -> Tensor:
+        k = self.heads(x, 1)
+        return k if cache is None else cache.join("keys", k, self.remembers)
 
     def _neighbors(
         self, x: Tensor, valid: Tensor | None, queries: Tensor | None, kept: int
