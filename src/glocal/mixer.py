@@ -107,9 +107,10 @@ class TokenMixer(Operator):
     `weights` does not name is refused in words, but for three that need nothing of it: `queries` (rows are then
     selected), `valid` (values elsewhere are zero in any case) and `grid` (x is reshaped). Where a class says
     `takes_positions`, since its weights compare tokens, `pos_embed` needs nothing either: `weights`, `scores` and
-    `fast` get x with it, `values` x without it. A call with an argument that `weights` names and `fast` does not runs
-    by the definition. An operator with batch norm or dropout in its weight path names `update_statistics` too: True in
-    a forward pass in training, False when somebody only looks.
+    `fast` get x with it, `values` x without it (a `fast` that makes the values names it, and gets x without it). A
+    call with an argument that `weights` names and `fast` does not runs by the definition. An operator with batch norm
+    or dropout in its weight path names `update_statistics` too: True in a forward pass in training, False when
+    somebody only looks.
     """
 
     impl: Literal["auto", "reference", "fast"] = "auto"
@@ -191,7 +192,7 @@ class TokenMixer(Operator):
         shape = self._out_shape(x, call)
         x, call = self._bind(x, call)
         values = {"values": self._values(x, call)} if "values" in self._takes["fast"] else {}
-        out = self.fast(self._placed(x, call), **values, **self._only("fast", call, update=True))
+        out = self.fast(self._placed(x, call, "fast"), **values, **self._only("fast", call, update=True))
         if cache is not None:
             cache.commit(self._brought(x, call))
         return out.reshape(shape)
@@ -237,9 +238,9 @@ class TokenMixer(Operator):
         queries = call.get("queries")
         return found.select(queries) if queries is not None and "queries" not in self._takes["_weights"] else found
 
-    def _placed(self, x: Tensor, call: dict[str, Any]) -> Tensor:
+    def _placed(self, x: Tensor, call: dict[str, Any], hook: str = "_weights") -> Tensor:
         """x with its positions, which are not for values, unless the operator adds them itself."""
-        if "pos_embed" in call and "pos_embed" not in self._takes["_weights"]:
+        if "pos_embed" in call and "pos_embed" not in self._takes["_weights"] | self._takes[hook]:
             return x + call["pos_embed"]
         return x
 

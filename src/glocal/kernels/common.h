@@ -234,6 +234,8 @@ INLINE real largest_lane(vec v) {
 
 INLINE vec broadcast(real value) { return (vec){0} + value; }
 
+INLINE vec broadcast(real value) { return value - (vec){0}; }  /* - 0 leaves even -0 as it is */
+
 /* The larger of each two; `b` where either is not a number. */
 INLINE vec max_vec(vec a, vec b) {
     ivec larger = a > b;
@@ -241,9 +243,15 @@ INLINE vec max_vec(vec a, vec b) {
 }
 
 INLINE real max_lanes(vec v) {
-    real found = v[0];
-    for (int i = 1; i < LANES; i++) found = v[i] > found ? v[i] : found;
-    return found;
+#if LANES == 8
+    v = max_vec(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3));
+    v = max_vec(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5));
+    v = max_vec(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6));
+#else
+    v = max_vec(v, __builtin_shufflevector(v, v, 2, 3, 0, 1));
+    v = max_vec(v, __builtin_shufflevector(v, v, 1, 0, 3, 2));
+#endif
+    return v[0];
 }
 
 /* e to the power of x, for x up to 88 (double: 709), within 2 units in the last place. Exactly 0 where the result
@@ -252,12 +260,15 @@ INLINE vec exp_vec(vec x) {
 #if LANES == 8
     const real ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f, round = 0x1.8p23f, least = -87.33654f;
     const int bias = 127, mantissa = 23;
-    static const real terms[] = {1.0f / 5040, 1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+    static const real terms[] = {  /* the polynomial nearest to e^x, relative to it, for x up to ln(2) / 2 */
+        0x1.6a23cf2150a07p-10f, 0x1.123a1f45f837fp-7f, 0x1.5558f2f66ebf7p-5f, 0x1.555491042a172p-3f,
+        0x1.fffffb97a5901p-2f, 1, 1};
 #else
     const real ln2_high = 0x1.62e42fefap-1, ln2_low = 0x1.cf79abc9e3b3ap-40, round = 0x1.8p52, least = -708.3964;
     const int bias = 1023, mantissa = 52;
-    static const real terms[] = {1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880,
-                                 1.0 / 40320, 1.0 / 5040, 1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5, 1.0, 1.0};
+    static const real terms[] = {  /* Taylor's */
+        1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040,
+        1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5, 1, 1};
 #endif
     vec whole = x * (real)1.4426950408889634 + round;  /* the low bits of its mantissa are the whole number */
     vec n = whole - round;

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from glocal.aggregation import Aggregation, grid_positions
 from glocal.arguments import extents, flag, per_axis, shift
-from glocal.mixers._attention import Attention, mask_bias, masked_softmax, sdpa, sum_of, table_parameter
-from glocal.mixers._grid import Windows, masked_windows, pick, pick_or_zero, rolled_windows
+from glocal.kernels import window_attention
+from glocal.mixers._attention import Attention, masked_softmax, part_of, sum_of, table_parameter
+from glocal.mixers._grid import Windows, masked_windows, pick_or_zero, rolled_windows
 
 
 class WindowAttention(Attention):
@@ -103,21 +104,18 @@ class WindowAttention(Attention):
             sources,
         )
 
-    def fast(self, x: Tensor, values: Tensor, *, valid: Tensor | None = None) -> Tensor:
-        windows = self._windows(x, valid)
-        sources = windows.sources()
-        padded = self._padded(x)
-        q, k, v = (
-            pick_or_zero(t, sources).flatten(0, 1) for t in (self.heads(padded, 0), self.heads(padded, 1), values)
+    def fast(self, x: Tensor, *, valid: Tensor | None = None, pos_embed: Tensor | None = None) -> Tensor:
+        return self.proj(
+            window_attention(
+                self._qkv(x, pos_embed),
+                self.relative_position_bias_table,
+                num_heads=self.num_heads,
+                window_size=self._window,
+                shift_size=self.shift_size,
+                extents=None if valid is None else extents(valid),
+                rolled_size=None if self.mask_padding else x.shape[1:-1],
+            )
         )
-        seen = (sources >= 0)[:, :, None] & windows.together()
-        bias = mask_bias(seen, x.dtype)[:, :, None]
-        if self.position_bias:
-            bias = self._bias(windows) + bias  # [B|1, W, heads, K, K]
-        bias = bias.expand(x.shape[0], -1, -1, -1, -1).flatten(0, 1)
-        mixed = sdpa(q, k, v, bias=bias).view(x.shape[0], sources.shape[1] * sources.shape[2], self.dim)
-        window, place = windows.where()
-        return self.proj(pick(mixed, window * sources.shape[-1] + place))
 
     def unsupported(self, x: Tensor, *, valid: Tensor | None = None) -> str | None:
         self._refuse(valid)
@@ -127,6 +125,14 @@ class WindowAttention(Attention):
         n, padded = math.prod(grid), math.prod(grid if self.mask_padding else self._padded_grid(grid))
         sizes = self._window if self.mask_padding else [min(w, g) for w, g in zip(self._window, grid, strict=True)]
         return 2 * (n + padded) * self.dim**2 + 2 * n * math.prod(sizes) * self.dim
+
+    def _qkv(self, x: Tensor, pos_embed: Tensor | None) -> Tensor:
+        """Queries, keys and values of the tokens and of padding that takes part: one product where it can be one."""
+        if pos_embed is None:
+            return self.qkv(self._padded(x))
+        placed, plain = self._padded(x + pos_embed), self._padded(x)
+        parts = [part_of(self.qkv, t, part, self.dim) for part, t in enumerate((placed, placed, plain))]
+        return torch.cat(parts, dim=-1)
 
     def _windows(self, x: Tensor, valid: Tensor | None) -> Windows:
         grid = x.shape[1:-1]
