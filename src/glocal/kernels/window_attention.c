@@ -380,11 +380,13 @@ static void attend(workspace *w, const problem *p, const scalar *qkv, const real
     for (int64_t first = 0; first < n; first += BLOCK) {
         int64_t rows = MIN(BLOCK, n - first);
         real sums[BLOCK];
-        for (int i = 0; i < 3; i++) ask(qkv + i * channels, qkv_row, w->next.token, w, p, first, 0);
-        ask(out, channels, w->next.query, w, p, first, 1);
+        ask(qkv, qkv_row, w->next.token, w, p, first, 0);
         product(w->scores, row, w->q + first * columns, columns, 1, w->k_columns, row, rows, row, p->width);
+        ask(qkv + channels, qkv_row, w->next.token, w, p, first, 0);
         weigh(w->scores, bias + first * row, rows, row, sums);
+        ask(qkv + 2 * channels, qkv_row, w->next.token, w, p, first, 0);
         product(w->block, columns, w->scores, row, 1, v, columns, rows, columns, n);
+        ask(out, channels, w->next.query, w, p, first, 1);
         for (int64_t i = 0; i < rows; i++)
             if (query[first + i] >= 0)
                 put(out + query[first + i] * channels, w->block + i * columns, p->width, 1 / sums[i]);
@@ -428,14 +430,14 @@ static void attend_backward(workspace *w, const problem *p, const scalar *grad, 
     for (int64_t first = 0; first < n; first += BLOCK) {
         int64_t rows = MIN(BLOCK, n - first);
         real sums[BLOCK], *weights = w->scores + first * row, *grads = w->scores_grad + first * row;
-        for (int i = 0; i < 3; i++) {
-            ask(qkv + i * channels, qkv_row, w->next.token, w, p, first, 0);
-            ask(qkv_grad + i * channels, qkv_row, w->next.token, w, p, first, 1);
-        }
-        ask(grad, channels, w->next.query, w, p, first, 0);
+        ask(qkv, qkv_row, w->next.token, w, p, first, 0);
         product(weights, row, w->q + first * columns, columns, 1, w->k_columns, row, rows, row, p->width);
+        ask(qkv + channels, qkv_row, w->next.token, w, p, first, 0);
+        ask(grad, channels, w->next.query, w, p, first, 0);
         weigh(weights, bias + first * row, rows, row, sums);
+        ask(qkv + 2 * channels, qkv_row, w->next.token, w, p, first, 0);
         product(grads, row, w->other + first * columns, columns, 1, w->other_columns, row, rows, row, p->width);
+        ask(qkv_grad, qkv_row, w->next.token, w, p, first, 1);
         real means[BLOCK];
         for (int64_t i = 0; i < rows; i++) {
             vec mean = {0};
@@ -449,7 +451,9 @@ static void attend_backward(workspace *w, const problem *p, const scalar *grad, 
         for (int64_t i = 0; i < rows; i++)
             for (int64_t j = i * row; j < (i + 1) * row; j += LANES)
                 store(grads + j, load(weights + j) * (load(grads + j) - means[i]));
+        ask(qkv_grad + channels, qkv_row, w->next.token, w, p, first, 1);
         product(w->block, columns, grads, row, 1, w->k, columns, rows, columns, n);
+        ask(qkv_grad + 2 * channels, qkv_row, w->next.token, w, p, first, 1);
         for (int64_t i = 0; i < rows; i++)
             put(qkv_grad + token[first + i] * qkv_row, w->block + i * columns, p->width, scale);
     }
