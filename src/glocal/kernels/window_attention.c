@@ -28,7 +28,7 @@ typedef struct {
 typedef struct {
     axis axes[2];
     const int64_t *extents;  /* [images, 2] or null */
-    int64_t images, heads, width, entries;
+    int64_t images, heads, width, channels, entries;
     int64_t places, row, head_row;  /* of the largest part; reals in a row of its scores, and in one of its heads */
     int64_t parts, group, groups, chunk, chunks;  /* a task is `chunk` of the parts for `group` of the heads */
 } problem;
@@ -46,6 +46,7 @@ static problem problem_of(const int64_t *shape, const int64_t *extents) {
     problem p = {.extents = extents, .images = shape[0], .heads = shape[1], .width = shape[2]};
     for (int i = 0; i < 2; i++) p.axes[i] = axis_of(shape + 4 + 4 * i, shape[3]);
     p.entries = p.axes[0].entries * p.axes[1].entries;
+    p.channels = p.heads * p.width;
     p.places = p.axes[0].window * p.axes[1].window;
     p.row = (p.places + LANES - 1) / LANES * LANES;
     p.head_row = (p.width + LANES - 1) / LANES * LANES;
@@ -79,7 +80,7 @@ INLINE int64_t token_at(const axis *a, int64_t place) {
 
 /* A part of a window. */
 typedef struct {
-    int64_t *token, *query;  /* [n]: rows of qkv, and of the output (-1: padding) */
+    int64_t *token, *query;  /* [n]: where their rows of qkv begin, and those of the output (-1: padding) */
     int64_t side[2], n, row;
     int whole;
 } places;
@@ -286,8 +287,9 @@ static void find(places *at, const problem *p, int64_t part) {
         int64_t y = token_at(down, y0 + row);
         for (int64_t column = 0; column < width; column++, i++) {
             int64_t x = token_at(across, x0 + column);
-            at->token[i] = (image * down->length + y) * across->length + x;
-            at->query[i] = y < down->size && x < across->size ? (image * down->size + y) * across->size + x : -1;
+            int64_t query = ((image * down->size + y) * across->size + x) * p->channels;
+            at->token[i] = ((image * down->length + y) * across->length + x) * 3 * p->channels;
+            at->query[i] = y < down->size && x < across->size ? query : -1;
         }
     }
 }
@@ -315,24 +317,21 @@ static void advance(workspace *w, const problem *p, int64_t part, int more) {
 }
 
 /* Rows of a tensor times a factor into a panel, zeros where there are none and behind the last. */
-static void gather(real *to, const scalar *from, int64_t from_row, const int64_t *index, const places *at,
-                   const problem *p, real factor) {
+static void gather(real *to, const scalar *from, const int64_t *index, const places *at, const problem *p,
+                   real factor) {
     for (int64_t i = 0; i < at->n; i++, to += p->head_row) {
         if (index[i] < 0) memset(to, 0, p->width * sizeof(real));
         else
-            for (int64_t d = 0; d < p->width; d++) to[d] = widened(from[index[i] * from_row + d]) * factor;
+            for (int64_t d = 0; d < p->width; d++) to[d] = widened(from[index[i] + d]) * factor;
     }
     memset(to, 0, (at->row - at->n) * p->head_row * sizeof(real));
 }
 
-/* Asks for the rows that the next part will gather or write: its share of them for each block of this one. Into the
-   second cache: the first is full of panels. */
-INLINE void ask(const scalar *from, int64_t from_row, const int64_t *index, const workspace *w, const problem *p,
-                int64_t first, int write) {
-    int64_t next = w->next.n, end = first + BLOCK < w->now.n ? (first + BLOCK) * next / w->now.n : next;
-    for (int64_t i = first * next / w->now.n; i < end; i++) {
-        const scalar *row = from + MAX(index[i], 0) * from_row;
-        for (int64_t d = 0; d < p->width; d += 64 / sizeof(scalar)) {
+/* Asks for rows that the next part will gather or write. Into the second cache: the first is full of panels. */
+INLINE void ask(const scalar *from, const int64_t *index, int64_t first, int64_t end, int64_t width, int write) {
+    for (int64_t i = first; i < end; i++) {
+        const scalar *row = from + MAX(index[i], 0);
+        for (int64_t d = 0; d < width; d += 64 / sizeof(scalar)) {
             if (write) __builtin_prefetch(row + d, 1, 2);
             else __builtin_prefetch(row + d, 0, 2);
         }
@@ -370,26 +369,27 @@ static void weigh(real *scores, const real *bias, int64_t rows, int64_t row, rea
 #if defined(PASS_FORWARD)
 
 static void attend(workspace *w, const problem *p, const scalar *qkv, const real *bias, scalar *out) {
-    const int64_t channels = p->heads * p->width, qkv_row = 3 * channels, columns = p->head_row;
+    const int64_t channels = p->channels, width = p->width, columns = p->head_row;
     const int64_t n = w->now.n, row = w->now.row, *token = w->now.token, *query = w->now.query;
+    const int64_t *soon = w->next.token;
     real *v = w->k;
-    gather(w->q, qkv, qkv_row, token, &w->now, p, 1 / sqrt(p->width));
-    gather(w->k, qkv + channels, qkv_row, token, &w->now, p, 1);
+    gather(w->q, qkv, token, &w->now, p, 1 / sqrt(width));
+    gather(w->k, qkv + channels, token, &w->now, p, 1);
     transpose(w->k_columns, row, w->k, columns, row, columns);
-    gather(v, qkv + 2 * channels, qkv_row, token, &w->now, p, 1);
-    for (int64_t first = 0; first < n; first += BLOCK) {
-        int64_t rows = MIN(BLOCK, n - first);
+    gather(v, qkv + 2 * channels, token, &w->now, p, 1);
+    for (int64_t first = 0, asked = 0; first < n; first += BLOCK) {
+        int64_t rows = MIN(BLOCK, n - first), end = (first + rows) * w->next.n / n;
         real sums[BLOCK];
-        ask(qkv, qkv_row, w->next.token, w, p, first, 0);
-        product(w->scores, row, w->q + first * columns, columns, 1, w->k_columns, row, rows, row, p->width);
-        ask(qkv + channels, qkv_row, w->next.token, w, p, first, 0);
+        ask(qkv, soon, asked, end, width, 0);
+        product(w->scores, row, w->q + first * columns, columns, 1, w->k_columns, row, rows, row, width);
+        ask(qkv + channels, soon, asked, end, width, 0);
         weigh(w->scores, bias + first * row, rows, row, sums);
-        ask(qkv + 2 * channels, qkv_row, w->next.token, w, p, first, 0);
+        ask(qkv + 2 * channels, soon, asked, end, width, 0);
         product(w->block, columns, w->scores, row, 1, v, columns, rows, columns, n);
-        ask(out, channels, w->next.query, w, p, first, 1);
+        ask(out, w->next.query, asked, end, width, 1);
         for (int64_t i = 0; i < rows; i++)
-            if (query[first + i] >= 0)
-                put(out + query[first + i] * channels, w->block + i * columns, p->width, 1 / sums[i]);
+            if (query[first + i] >= 0) put(out + query[first + i], w->block + i * columns, width, 1 / sums[i]);
+        asked = end;
     }
 }
 
@@ -418,27 +418,26 @@ void forward(const scalar *qkv, const scalar *table, const int64_t *extents, con
 
 static void attend_backward(workspace *w, const problem *p, const scalar *grad, const scalar *qkv, const real *bias,
                             scalar *qkv_grad) {
-    const int64_t channels = p->heads * p->width, qkv_row = 3 * channels, columns = p->head_row;
-    const int64_t n = w->now.n, row = w->now.row, *token = w->now.token;
-    const real scale = 1 / sqrt(p->width);
-    gather(w->q, qkv, qkv_row, token, &w->now, p, scale);
-    gather(w->k, qkv + channels, qkv_row, token, &w->now, p, 1);
+    const int64_t channels = p->channels, width = p->width, columns = p->head_row;
+    const int64_t n = w->now.n, row = w->now.row, *token = w->now.token, *soon = w->next.token;
+    const real scale = 1 / sqrt(width);
+    gather(w->q, qkv, token, &w->now, p, scale);
+    gather(w->k, qkv + channels, token, &w->now, p, 1);
     transpose(w->k_columns, row, w->k, columns, row, columns);
-    gather(w->other, qkv + 2 * channels, qkv_row, token, &w->now, p, 1);
+    gather(w->other, qkv + 2 * channels, token, &w->now, p, 1);
     transpose(w->other_columns, row, w->other, columns, row, columns);
-    gather(w->other, grad, channels, w->now.query, &w->now, p, 1);
-    for (int64_t first = 0; first < n; first += BLOCK) {
-        int64_t rows = MIN(BLOCK, n - first);
-        real sums[BLOCK], *weights = w->scores + first * row, *grads = w->scores_grad + first * row;
-        ask(qkv, qkv_row, w->next.token, w, p, first, 0);
-        product(weights, row, w->q + first * columns, columns, 1, w->k_columns, row, rows, row, p->width);
-        ask(qkv + channels, qkv_row, w->next.token, w, p, first, 0);
-        ask(grad, channels, w->next.query, w, p, first, 0);
+    gather(w->other, grad, w->now.query, &w->now, p, 1);
+    for (int64_t first = 0, asked = 0; first < n; first += BLOCK) {
+        int64_t rows = MIN(BLOCK, n - first), end = (first + rows) * w->next.n / n;
+        real sums[BLOCK], means[BLOCK], *weights = w->scores + first * row, *grads = w->scores_grad + first * row;
+        ask(qkv, soon, asked, end, width, 0);
+        product(weights, row, w->q + first * columns, columns, 1, w->k_columns, row, rows, row, width);
+        ask(qkv + channels, soon, asked, end, width, 0);
+        ask(grad, w->next.query, asked, end, width, 0);
         weigh(weights, bias + first * row, rows, row, sums);
-        ask(qkv + 2 * channels, qkv_row, w->next.token, w, p, first, 0);
-        product(grads, row, w->other + first * columns, columns, 1, w->other_columns, row, rows, row, p->width);
-        ask(qkv_grad, qkv_row, w->next.token, w, p, first, 1);
-        real means[BLOCK];
+        ask(qkv + 2 * channels, soon, asked, end, width, 0);
+        product(grads, row, w->other + first * columns, columns, 1, w->other_columns, row, rows, row, width);
+        ask(qkv_grad, soon, asked, end, width, 1);
         for (int64_t i = 0; i < rows; i++) {
             vec mean = {0};
             for (int64_t j = i * row; j < (i + 1) * row; j += LANES) {
@@ -448,20 +447,20 @@ static void attend_backward(workspace *w, const problem *p, const scalar *grad, 
             }
             means[i] = sum_lanes(mean);
         }
+        ask(qkv_grad + channels, soon, asked, end, width, 1);
         for (int64_t i = 0; i < rows; i++)
             for (int64_t j = i * row; j < (i + 1) * row; j += LANES)
                 store(grads + j, load(weights + j) * (load(grads + j) - means[i]));
-        ask(qkv_grad + channels, qkv_row, w->next.token, w, p, first, 1);
         product(w->block, columns, grads, row, 1, w->k, columns, rows, columns, n);
-        ask(qkv_grad + 2 * channels, qkv_row, w->next.token, w, p, first, 1);
-        for (int64_t i = 0; i < rows; i++)
-            put(qkv_grad + token[first + i] * qkv_row, w->block + i * columns, p->width, scale);
+        ask(qkv_grad + 2 * channels, soon, asked, end, width, 1);
+        for (int64_t i = 0; i < rows; i++) put(qkv_grad + token[first + i], w->block + i * columns, width, scale);
+        asked = end;
     }
     real *found = w->k;
     product(found, columns, w->scores_grad, 1, row, w->q, columns, n, columns, n);
-    for (int64_t i = 0; i < n; i++) put(qkv_grad + token[i] * qkv_row + channels, found + i * columns, p->width, 1);
+    for (int64_t i = 0; i < n; i++) put(qkv_grad + token[i] + channels, found + i * columns, width, 1);
     product(found, columns, w->scores, 1, row, w->other, columns, n, columns, n);
-    for (int64_t i = 0; i < n; i++) put(qkv_grad + token[i] * qkv_row + 2 * channels, found + i * columns, p->width, 1);
+    for (int64_t i = 0; i < n; i++) put(qkv_grad + token[i] + 2 * channels, found + i * columns, width, 1);
 }
 
 void backward(const scalar *grad, const scalar *qkv, const scalar *table, const int64_t *extents, const int64_t *shape,
