@@ -12,6 +12,7 @@
 
 #include <stdio.h>
 
+#define APART static __attribute__((noinline))  /* once in the library, which then compiles faster */
 #define BLOCK 6    /* queries whose scores are taken together; all heights of `tile` divide it */
 #define TASKS 64  /* about so many, however many threads there are */
 #define CACHE 65536  /* reals: the biases of the heads of a task stay below */
@@ -174,7 +175,7 @@ INLINE void tile(real *c, int64_t c_row, const real *a, int64_t a_row, int64_t a
 }
 
 /* `tile` for any size, in tiles whose sums, with what they are made of, fit 16 registers. */
-static void product(real *c, int64_t c_row, const real *a, int64_t a_row, int64_t a_step, const real *b,
+APART void product(real *c, int64_t c_row, const real *a, int64_t a_row, int64_t a_step, const real *b,
                     int64_t b_row, int64_t rows, int64_t columns, int64_t depth) {
     int64_t vecs = columns / LANES, tiles = (vecs + 6) / 7;
     for (int64_t done = 0, j = 0; j < tiles; j++) {
@@ -200,7 +201,7 @@ static void product(real *c, int64_t c_row, const real *a, int64_t a_row, int64_
 }
 
 /* [rows][from_row] to [columns][to_row], both whole vectors. */
-static void transpose(real *to, int64_t to_row, const real *from, int64_t from_row, int64_t rows, int64_t columns) {
+APART void transpose(real *to, int64_t to_row, const real *from, int64_t from_row, int64_t rows, int64_t columns) {
     for (int64_t i = 0; i < rows; i += LANES)
         for (int64_t j = 0; j < columns; j += LANES) {
             vec v[LANES], u[LANES];
@@ -247,7 +248,7 @@ static void transpose(real *to, int64_t to_row, const real *from, int64_t from_r
             }
 
 /* Biases of the part at hand, [group][places][row]; without a table they are 0 too. */
-static const real *bias_of(workspace *w, const problem *p) {
+APART const real *bias_of(workspace *w, const problem *p) {
     const places *at = &w->now;
     real *bias = w->bias[at->whole].rows;
     int64_t *side = w->bias[at->whole].side;
@@ -265,7 +266,7 @@ static const real *bias_of(workspace *w, const problem *p) {
 }
 
 /* Adds [n][row] to the entries that they were biases from. */
-static void add_to_table(real *entries, const places *at, const problem *p, const real *grad) {
+APART void add_to_table(real *entries, const places *at, const problem *p, const real *grad) {
     FOR_ROWS(*at, p, for (int64_t c = 0; c < at->side[1]; c++) entries[entry + c] += grad[i * at->row + j + c];)
 }
 
@@ -276,7 +277,7 @@ static void set_sides(places *at, const problem *p, int64_t down, int64_t across
 }
 
 /* Finds the tokens of a part. */
-static void find(places *at, const problem *p, int64_t part) {
+APART void find(places *at, const problem *p, int64_t part) {
     const axis *down = &p->axes[0], *across = &p->axes[1];
     int64_t image = part / (down->parts * across->parts), y0, x0;
     const int64_t whole[] = {down->length, across->length}, *extent = p->extents ? p->extents + 2 * image : whole;
@@ -317,7 +318,7 @@ static void advance(workspace *w, const problem *p, int64_t part, int more) {
 }
 
 /* Rows of a tensor times a factor into a panel, zeros where there are none and behind the last. */
-static void gather(real *to, const scalar *from, const int64_t *index, const places *at, const problem *p,
+APART void gather(real *to, const scalar *from, const int64_t *index, const places *at, const problem *p,
                    real factor) {
     for (int64_t i = 0; i < at->n; i++, to += p->head_row) {
         if (index[i] < 0) memset(to, 0, p->width * sizeof(real));
@@ -328,7 +329,8 @@ static void gather(real *to, const scalar *from, const int64_t *index, const pla
 }
 
 /* Asks for rows that the next part will gather or write. Into the second cache: the first is full of panels. */
-INLINE void ask(const scalar *from, const int64_t *index, int64_t first, int64_t end, int64_t width, int write) {
+APART void ask(const scalar *from, const int64_t *index, int64_t first, int64_t end, int64_t width, int write) {
+    __asm__ volatile("");  /* does something: calls may not be left out */
     for (int64_t i = first; i < end; i++) {
         const scalar *row = from + MAX(index[i], 0);
         for (int64_t d = 0; d < width; d += 64 / sizeof(scalar)) {
@@ -338,13 +340,13 @@ INLINE void ask(const scalar *from, const int64_t *index, int64_t first, int64_t
     }
 }
 
-INLINE void put(scalar *to, const real *from, int64_t width, real factor) {
+APART void put(scalar *to, const real *from, int64_t width, real factor) {
     for (int64_t d = 0; d < width; d++) to[d] = narrowed(from[d] * factor);
 }
 
 /* Scores and biases, [rows][row], to exponentials, whose sums are returned. Row by row each step would wait for the
    one before. */
-static void weigh(real *scores, const real *bias, int64_t rows, int64_t row, real *sums) {
+APART void weigh(real *scores, const real *bias, int64_t rows, int64_t row, real *sums) {
     real most[BLOCK];
     for (int64_t i = 0; i < rows; i++) {
         vec found = broadcast(-INFINITY);
