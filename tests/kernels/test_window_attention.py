@@ -344,3 +344,99 @@ def test_any_problem(problem):
     other = gradients(lambda qkv, table, **_: kernel._eager(qkv, table, *layout), qkv, table, arguments, grad)
     for a, b in zip(mine, other, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4 if qkv.dtype == torch.float32 else 1e-9, rtol=1e-5)
+
+
+# planted by scripts/mutate
+FAULTS = {
+    "kernels/window_attention.c": (
+        ("the last window of a rolled grid is not cut", "else if (end == a->length) end = border;", ";"),
+        (
+            "windows of small images are shifted",
+            "int64_t front = extent <= a->window ? 0 : a->shift;",
+            "int64_t front = a->shift;",
+        ),
+        ("padding wraps around with the tokens", "return a->rolled && place < a->size ?", "return a->rolled ?"),
+        ("biases are those of source minus query", "p->entries - 1 - e) * p->heads + *head", "e) * p->heads + *head"),
+        ("empty lanes are seen", "to[i * at->row + j] = -INFINITY;", "to[i * at->row + j] = 0;"),
+        (
+            "biases of the part before are used again",
+            "if (side[0] == at->side[0] && side[1] == at->side[1]) return bias;",
+            "if (side[0] == at->side[0]) return bias;",
+        ),
+        (
+            "a thread keeps the tables of the heads before",
+            "if (!table || w->head == *head) return;",
+            "if (!table || w->head >= 0) return;",
+        ),
+        (
+            "rows behind the last keep the part before",
+            "memset(to, 0, (at->row - at->n) * p->head_row * sizeof(real));",
+            "",
+        ),
+        (
+            "nothing is taken off before the exponential",
+            "exp_vec(load(scores + j) - most[i])",
+            "exp_vec(load(scores + j))",
+        ),
+        (
+            "queries have no scale",
+            "gather(w->q, qkv, token, &w->now, p, 1 / sqrt(width));",
+            "gather(w->q, qkv, token, &w->now, p, 1);",
+        ),
+        ("the gradient of the queries has no scale", "columns, width, scale);", "columns, width, 1);"),
+        (
+            "the gradient of the weights leaves out the softmax",
+            "(load(grads + j) - means[i]));",
+            "load(grads + j));",
+        ),
+        (
+            "the table's gradient leaves out windows that are cut",
+            "else if (table) add_to_table(own + i * p.entries, &w.now, &p, w.scores_grad);",
+            "",
+        ),
+        (
+            "the table's gradient counts windows of the task before again",
+            "memset(w.bias_grad, 0, heads * panel * sizeof(real));",
+            "",
+        ),
+        (
+            "the table's gradient is that of the first task",
+            "for (int64_t chunk = 0; chunk < p.chunks; chunk++) sum",
+            "for (int64_t chunk = 0; chunk < 1; chunk++) sum",
+        ),
+        ("images are cut by the whole grid", "p->extents ? p->extents + 2 * image : whole", "whole"),
+    ),
+    "kernels/window_attention.py": (
+        ("without a compiler the shift turns around", "front = (window - shift) % window  #", "front = shift  #"),
+        (
+            "without a compiler tokens that wrap around are seen",
+            "return slot + window * (slot >= n - shift), window, n // window + 1",
+            "return slot, window, n // window + 1",
+        ),
+        ("without a compiler offsets are source minus query", "along[:, None] - along +", "along - along[:, None] +"),
+        (
+            "without a compiler empty slots are seen",
+            "return torch.where(full, bias, torch.finfo(dtype).min)",
+            "return bias.expand(len(full), self.count, -1, -1, -1)",
+        ),
+        ("without a compiler the gradient of the keys has no scale", "scale * slope.mT @ q", "slope.mT @ q"),
+        ("tokens outside of an image are left as they were", "        out.zero_()", "        pass"),
+        ("gradients outside of an image are left as they were", "        qkv_grad.zero_()", "        pass"),
+        (
+            "the extents of rows and columns are exchanged",
+            "return torch.nn.functional.pad(extents, (2 - extents.shape[1], 0), value=1).contiguous()",
+            "return torch.nn.functional.pad(extents, (2 - extents.shape[1], 0), value=1).flip(1).contiguous()",
+        ),
+        ("the cost of the backward pass is that of four products", "* 5 // 2", "* 4 // 2"),
+        (
+            "a table of another dtype is read as if it had that of qkv",
+            "if table is not None and table.dtype != qkv.dtype:",
+            "if False:",
+        ),
+        (
+            "strides are taken for those of a contiguous tensor",
+            "library.forward,\n        qkv.contiguous(),",
+            "library.forward,\n        qkv,",
+        ),
+    ),
+}

@@ -8,6 +8,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import glocal
+from glocal.aggregation import aggregate
 
 HEADS, DIM = 2, 8
 
@@ -158,6 +159,17 @@ def test_unmasked_padding_refuses_padded_images(build, tokens, grid):
         mixer.weights(x, valid=valid)
 
 
+@pytest.mark.parametrize("mask_padding", [True, False])
+def test_positions_are_for_queries_and_keys(build, tokens, mask_padding):
+    """On both paths: what is mixed is the tokens without them."""
+    mixer = build(spec_of(4, 2, mask_padding=mask_padding), DIM)
+    x, positions = tokens(2, 7, 5, DIM), tokens(1, 7, 5, DIM)
+    values = mixer.values(x)
+    expected = mixer.proj(aggregate(mixer.weights(x + positions), values)).view(x.shape)
+    for mixer.impl in ("reference", "fast"):
+        torch.testing.assert_close(mixer(x, pos_embed=positions), expected)
+
+
 def test_parameters():
     def shapes(spec, dim):
         return {k: tuple(v.shape) for k, v in glocal.build(spec, dim).named_parameters()}
@@ -190,15 +202,31 @@ FAULTS = {
             "seen = torch.ones_like(windows.together())[window, place]",
         ),
         (
-            "the fast path sees empty places",
-            "seen = (sources >= 0)[:, :, None] & windows.together()",
-            "seen = (sources >= -1)[:, :, None] & windows.together()",
+            "the fast path takes padding for tokens",
+            "extents=None if valid is None else extents(valid)",
+            "extents=None",
         ),
         (
             "all heads have the first one's bias",
             "[windows.offsets(self._window)].movedim(-1, 0)",
             "[windows.offsets(self._window)][..., :1].movedim(-1, 0)",
         ),
+        (
+            "the fast path adds positions to the values",
+            "enumerate((placed, placed, plain))",
+            "enumerate((placed, placed, placed))",
+        ),
+        (
+            "the fast path leaves out positions of the keys",
+            "enumerate((placed, placed, plain))",
+            "enumerate((placed, plain, plain))",
+        ),
+        (
+            "the fast path rolls where it should cut",
+            "rolled_size=None if self.mask_padding else x.shape[1:-1]",
+            "rolled_size=x.shape[1:-1]",
+        ),
+        ("the fast path is not shifted", "shift_size=self.shift_size,", "shift_size=0,"),
         (
             "padding is taken without a word where it would be seen",
             "if valid is not None and not self.mask_padding:",
