@@ -222,13 +222,17 @@ def test_outside_of_an_image_nothing_is_read_or_left(path):
     assert hostile.grad.isfinite().all() and (hostile.grad * ~inside == 0).all() and table.grad.isfinite().all()
 
 
-def test_a_window_keeps_its_nan_to_itself():
+def test_a_window_keeps_its_nan_to_itself(one_thread):
+    """Also where the next one of the same thread is smaller, and leaves some of its rows as they were."""
     qkv, table, arguments = inputs(CASES[0])
     with torch.no_grad():
-        qkv[0, 0, 0] = math.nan  # in the first window, of 2 x 2: shifted
+        qkv[0, 1, 2] = math.nan  # its window has 2 x 4 places, the next one 2 x 2
     out = window_attention(qkv, table, **arguments)
-    assert out[0, :2, :2].isnan().all()
-    assert out[0, 2:].isfinite().all() and out[0, :, 2:].isfinite().all() and out[1].isfinite().all()
+    touched = torch.zeros(2, 8, 8, dtype=torch.bool)
+    touched[0, :2, 2:6] = True
+    assert out[touched].isnan().all() and out[~touched].isfinite().all()
+    (grad,) = torch.autograd.grad(out.sum(), qkv)
+    assert grad[~touched].isfinite().all()
 
 
 @layouts

@@ -298,8 +298,8 @@ APART void find(places *at, const problem *p, int64_t part) {
 /* The heads and parts of a task, the first of which is made the next one. */
 static void begin(workspace *w, const problem *p, const scalar *table, int64_t task, int64_t *head, int64_t *heads,
                   int64_t *part, int64_t *parts) {
-    *head = task % p->groups * p->group, *heads = MIN(p->group, p->heads - *head);
-    *part = task / p->groups * p->chunk, *parts = MIN(p->chunk, p->parts - *part);
+    *head = task / p->chunks * p->group, *heads = MIN(p->group, p->heads - *head);
+    *part = task % p->chunks * p->chunk, *parts = MIN(p->chunk, p->parts - *part);
     find(&w->next, p, *part);
     if (!table || w->head == *head) return;
     w->head = *head;
@@ -477,7 +477,7 @@ void backward(const scalar *grad, const scalar *qkv, const scalar *table, const 
         for (int64_t task = 0; task < p.chunks * p.groups; task++) {
             int64_t head, heads, part, parts;
             begin(&w, &p, table, task, &head, &heads, &part, &parts);
-            real *own = table ? sums + task / p.groups * all + head * p.entries : NULL;
+            real *own = table ? sums + task % p.chunks * all + head * p.entries : NULL;
             for (int64_t t = 0; t < parts; t++) {
                 advance(&w, &p, part + t, t + 1 < parts);
                 const real *bias = bias_of(&w, &p);
