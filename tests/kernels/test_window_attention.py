@@ -202,12 +202,15 @@ def test_threads_change_no_bit(layout, dtype):
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-def test_empty_batch(path):
-    qkv, table, arguments = inputs(CASES[0], batch=0)
-    out = window_attention(qkv, table, **arguments)
-    assert out.shape == (0, 8, 8, 16)
+@pytest.mark.parametrize("shape", [(0, 8, 8), (2, 0, 8), (2, 8, 0)])
+@pytest.mark.parametrize("rolled", [False, True])
+def test_empty(path, shape, rolled):
+    _, table, arguments = inputs(CASES[0])
+    qkv = torch.randn(*shape, 48, dtype=torch.float64, requires_grad=True)
+    out = window_attention(qkv, table, **arguments, rolled_size=shape[1:] if rolled else None)
+    assert out.shape == (*shape, 16)
     out.sum().backward()
-    assert qkv.grad.shape == qkv.shape
+    assert qkv.grad.shape == qkv.shape and (table.grad == 0).all()
 
 
 def test_outside_of_an_image_nothing_is_read_or_left(path):
@@ -309,6 +312,7 @@ def test_cost_is_counted():
     [
         ({"qkv": (2, 8, 8, 47)}, r"qkv: has shape \(2, 8, 8, 47\), needs .* multiple of 2 heads"),
         ({"qkv": (2, 48)}, r"qkv: has shape \(2, 48\)"),
+        ({"num_heads": 0}, "a multiple of 0 heads"),
         ({"window_size": (4,)}, r"window_size: \(4,\) with shift_size 2 for qkv \(2, 8, 8, 48\), needs 2 lengths"),
         ({"shift_size": 4}, "shift_size 4"),
         ({"num_heads": 4}, r"table: has shape \(49, 2\), needs \(49, 4\) for a window of \(4, 4\)"),

@@ -73,7 +73,7 @@ def _check(
     rolled_size: Sequence[int] | None,
 ) -> None:
     grid, rank = qkv.shape[1:-1], qkv.dim() - 2
-    if rank not in (1, 2) or qkv.shape[-1] % (3 * num_heads):
+    if rank not in (1, 2) or num_heads < 1 or qkv.shape[-1] % (3 * num_heads):
         raise ValueError(
             f"qkv: has shape {tuple(qkv.shape)}, needs [B, T, 3*C] or [B, H, W, 3*C] with C a multiple of "
             f"{num_heads} heads"
@@ -111,11 +111,13 @@ def _forward(
     shift_size: int,
     rolled_size: Sequence[int] | None,
 ) -> Tensor:
+    out = _empty(qkv, rolled_size)
+    if not out.numel():
+        return out
     try:
         library = _library(qkv, "FORWARD")
     except Unavailable:
         return _eager(qkv, table, extents, num_heads, window_size, shift_size, rolled_size).contiguous()
-    out = _empty(qkv, rolled_size)
     if extents is not None:
         out.zero_()
     call(
@@ -142,12 +144,14 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     """Derivatives by qkv and the table; the second is empty where there is no table."""
     layout = (num_heads, window_size, shift_size, rolled_size)
+    qkv_grad = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    table_grad = qkv.new_empty(0) if table is None else torch.empty_like(table, memory_format=torch.contiguous_format)
+    if not qkv.numel():
+        return qkv_grad, table_grad.zero_()
     try:
         library = _library(qkv, "BACKWARD")
     except Unavailable:
         return _eager_backward(grad, qkv, table, extents, *layout)
-    qkv_grad = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    table_grad = qkv.new_empty(0) if table is None else torch.empty_like(table, memory_format=torch.contiguous_format)
     if extents is not None:
         qkv_grad.zero_()
     call(

@@ -105,17 +105,17 @@ class WindowAttention(Attention):
         )
 
     def fast(self, x: Tensor, *, valid: Tensor | None = None, pos_embed: Tensor | None = None) -> Tensor:
-        return self.proj(
-            window_attention(
-                self._qkv(x, pos_embed),
-                self.relative_position_bias_table,
-                num_heads=self.num_heads,
-                window_size=self._window,
-                shift_size=self.shift_size,
-                extents=None if valid is None else extents(valid),
-                rolled_size=None if self.mask_padding else x.shape[1:-1],
-            )
+        qkv, table = self._qkv(x, pos_embed), self.relative_position_bias_table
+        mixed = window_attention(
+            qkv,
+            None if table is None else table.to(qkv.dtype),  # under autocast another one
+            num_heads=self.num_heads,
+            window_size=self._window,
+            shift_size=self.shift_size,
+            extents=None if valid is None else extents(valid),
+            rolled_size=None if self.mask_padding else x.shape[1:-1],
         )
+        return self.proj(mixed)
 
     def unsupported(self, x: Tensor, *, valid: Tensor | None = None) -> str | None:
         self._refuse(valid)
