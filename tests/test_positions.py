@@ -804,14 +804,14 @@ FAULTS = {
             "        found = self._weights(self._placed(x, call),",
             "        found = self._weights(x,",
         ),
-        ("positions reach no fast path", "self.fast(self._placed(x, call),", "self.fast(x,"),
+        ("positions reach no fast path", 'self.fast(self._placed(x, call, "fast"),', "self.fast(x,"),
         ("positions reach no scores", "self._scores(self._placed(x, call),", "self._scores(x,"),
         (
             "positions reach the values",
             'values = self.values(call.get("source", x),',
             'values = self.values(call.get("source", self._placed(x, call)),',
         ),
-        ("positions are added twice", 'and "pos_embed" not in self._takes["_weights"]:', "and True:"),
+        ("positions are added twice", 'not in self._takes["_weights"] | self._takes[hook]:', "not in ():"),
     ),
     "positions/sinusoidal.py": (
         ("every layout is interleaved", 'if layout == "interleaved" else torch.cat(both, -1)', "if True else None"),

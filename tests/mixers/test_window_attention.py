@@ -248,6 +248,13 @@ FAULTS = {
             'self._window = per_axis("window_size", window_size, rank)[::-1]',
         ),
     ),
+    "mixer.py": (
+        (
+            "a fast path that adds positions itself gets them twice",
+            'self._takes["_weights"] | self._takes[hook]:',
+            'self._takes["_weights"]:',
+        ),
+    ),
     "arguments.py": (
         (
             "real tokens with a hole between them are taken for a rectangle",
