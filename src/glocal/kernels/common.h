@@ -122,7 +122,7 @@ INLINE void store_narrowed(scalar *to, vec v) {
 }
 
 /* Rows become columns. */
-INLINE void transpose(vec r[LANES]) {
+INLINE void transpose_square(vec r[LANES]) {
 #if LANES == 8
     vec a[8], b[8];
     for (int i = 0; i < 8; i += 2) {
@@ -172,69 +172,7 @@ INLINE vec sums_of(const vec a[LANES]) {
     vec b = add_pairs(a[0], a[1]), c = add_pairs(a[2], a[3]);
     return __builtin_shufflevector(b, c, 0, 1, 4, 5) + __builtin_shufflevector(b, c, 2, 3, 6, 7);
 #endif
-
-/* The larger in each lane. */
-INLINE vec larger(vec a, vec b) {
-    ivec first = (ivec)(a > b);
-    return (vec)((first & (ivec)a) | (~first & (ivec)b));
 }
-
-/* Sums of the lanes of LANES vectors, one in each lane, always in the same order. */
-INLINE vec sum_each(const vec *v) {
-#if LANES == 8
-    vec pairs[4], fours[2];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        vec a = v[2 * i], b = v[2 * i + 1];
-        pairs[i] = __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13) +
-                   __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
-    }
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; i++) {
-        vec a = pairs[2 * i], b = pairs[2 * i + 1];
-        fours[i] = __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13) +
-                   __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
-    }
-    return __builtin_shufflevector(fours[0], fours[1], 0, 1, 2, 3, 8, 9, 10, 11) +
-           __builtin_shufflevector(fours[0], fours[1], 4, 5, 6, 7, 12, 13, 14, 15);
-#else
-    vec a = __builtin_shufflevector(v[0], v[1], 0, 4, 2, 6) + __builtin_shufflevector(v[0], v[1], 1, 5, 3, 7);
-    vec b = __builtin_shufflevector(v[2], v[3], 0, 4, 2, 6) + __builtin_shufflevector(v[2], v[3], 1, 5, 3, 7);
-    return __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
-#endif
-}
-
-/* e^x for x up to 88, within 2 units in the last place; 0 below the smallest normal number, NaN for NaN. */
-INLINE vec exponential(vec x) {
-#if LANES == 8
-    const float magic = 12582912.0f;  /* 1.5 * 2^23: its sum with a small number is rounded to a whole one */
-    vec shifted = x * 1.44269504088896341f + magic, n = shifted - magic;
-    vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    typedef uint32_t bits __attribute__((vector_size(32)));  /* unsigned: it overflows where x is too small */
-    bits power = ((bits)shifted << 23) + 0x3f800000;
-    return (vec)((bits)(p * (vec)power) & ~(bits)(x < -87.3f));
-#else
-    for (int l = 0; l < LANES; l++) x[l] = exp(x[l]);
-    return x;
-#endif
-}
-
-INLINE real largest_lane(vec v) {
-    real half[LANES / 2];
-    for (int l = 0; l < LANES / 2; l++) half[l] = v[l] > v[l + LANES / 2] ? v[l] : v[l + LANES / 2];
-    for (int n = LANES / 4; n; n /= 2)
-        for (int l = 0; l < n; l++) half[l] = half[l] > half[l + n] ? half[l] : half[l + n];
-    return half[0];
-
-INLINE vec broadcast(real value) { return (vec){0} + value; }
-
-INLINE vec broadcast(real value) { return value - (vec){0}; }  /* - 0 leaves even -0 as it is */
 
 /* The larger of each two; `b` where either is not a number. */
 INLINE vec max_vec(vec a, vec b) {
@@ -273,7 +211,7 @@ INLINE vec exp_vec(vec x) {
     vec whole = x * (real)1.4426950408889634 + round;  /* the low bits of its mantissa are the whole number */
     vec n = whole - round;
     vec rest = x - n * ln2_high - n * ln2_low;  /* at most ln(2) / 2 */
-    vec sum = broadcast(terms[0]);
+    vec sum = splat(terms[0]);
     for (size_t i = 1; i < sizeof terms / sizeof *terms; i++) sum = sum * rest + terms[i];
     ivec power = ((ivec)whole + bias) << mantissa;  /* 2 to the n */
     return (vec)((ivec)(sum * (vec)power) & ~(ivec)(x < least));

@@ -62,7 +62,7 @@ static void fill_planes(real *planes, int64_t next, int64_t pitch, const scalar 
                 if (j + LANES <= last && c + LANES <= channels) {
                     vec square[LANES];
                     for (int n = 0; n < LANES; n++) square[n] = load_widened(cells + (j + n) * g.channels + c);
-                    transpose(square);
+                    transpose_square(square);
                     for (int n = 0; n < LANES; n++) store(planes + (c + n) * next + j, square[n]);
                 } else {
                     for (int64_t n = j; n < MIN(j + LANES, last); n++)

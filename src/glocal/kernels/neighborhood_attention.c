@@ -33,7 +33,6 @@ typedef struct {
     int64_t causal, shifted;
     int64_t tile_area, tile_width, jobs;
     int64_t q[4], k[4], v[4], g[4];    /* strides: image, row, column, head; g: gradient of the output */
-    int64_t failed;                    /* set where memory ran out */
 } Call;
 
 /* One axis of a class. */
@@ -266,7 +265,7 @@ INLINE vec dots(const real *row, const real *panel, const int32_t *places, const
 #pragma GCC unroll 8
         for (int j = 0; j < LANES; j++) sums[j] += x * load(from[j] + d);
     }
-    return sum_each(sums);
+    return sums_of(sums);
 }
 
 INLINE real dot(const real *a, const real *b, const int width) {
@@ -343,14 +342,14 @@ NOINLINE void mix(real *to, const real *w, const real *values, const int32_t *pl
 NOINLINE void soften(real *p, int64_t padded, int64_t queries, real *most, real *sum) {
     for (int64_t j = 0; j < queries; j++) {
         vec high = load(p + j * padded);
-        for (int64_t s = LANES; s < padded; s += LANES) high = larger(high, load(p + j * padded + s));
-        most[j] = largest_lane(high);
+        for (int64_t s = LANES; s < padded; s += LANES) high = max_vec(high, load(p + j * padded + s));
+        most[j] = max_lanes(high);
     }
     for (int64_t j = 0; j < queries; j++) {
         real top = most[j] == -INFINITY ? 0 : most[j];
         vec total = {0};
         for (int64_t s = 0; s < padded; s += LANES) {
-            vec e = exponential(load(p + j * padded + s) - top);
+            vec e = exp_vec(load(p + j * padded + s) - top);
             store(p + j * padded + s, e);
             total += e;
         }
@@ -410,10 +409,11 @@ static int forward_tile(const Call *c, const Task *t, Memory *memory, const scal
     return 0;
 }
 
-void neighborhood_attention(Call *c, const scalar *q, const scalar *k, const scalar *v, const real *bias,
+int neighborhood_attention(const Call *c, const scalar *q, const scalar *k, const scalar *v, const real *bias,
                             const uint8_t *valid, const int64_t *extents, scalar *out, real *lse, double scale,
                             int64_t threads) {
     int64_t each = tasks_per_head(c), entries = (2 * c->kh - 1) * (2 * c->kw - 1);
+    int failed = 0;
 #pragma omp parallel num_threads(threads)
     {
         Memory memory = {0};
@@ -421,10 +421,11 @@ void neighborhood_attention(Call *c, const scalar *q, const scalar *k, const sca
         for (int64_t i = 0; i < each * c->heads; i++) {
             Task t = task_of(c, extents, i % c->heads, i / c->heads);
             if (forward_tile(c, &t, &memory, q, k, v, bias ? bias + t.head * entries : 0, valid, out, lse, scale))
-                c->failed = 1;
+                failed = 1;
         }
         free(memory.start);
     }
+    return failed;
 }
 
 #else
@@ -442,7 +443,7 @@ NOINLINE void coefficients(real *w, real *ds, const real *row, const real *grad,
     for (s = from; s + 1 < to; s += LANES) store(ds + s, dots(grad, values, v_places + s, DV) - delta);
     if (s < to) store(ds + s, lone_dot(grad, values, v_places + s, DV) - delta);
     for (s = from; s < to; s += LANES) {
-        vec weight = exponential(load(w + s));
+        vec weight = exp_vec(load(w + s));
         store(w + s, weight), store(ds + s, weight * load(ds + s));
     }
 }
@@ -622,19 +623,17 @@ static int backward_tile(const Call *c, const Task *t, Memory *memory, const Ten
     return 0;
 }
 
-/* A job is a share of a head's tasks, with a table of its own for the bias: how the sums of its gradient are cut
+/* Returns 1 if there is no memory. A job is a share of a head's tasks, with a table of its own for the bias: how the sums of its gradient are cut
    does not depend on the number of threads. */
-void neighborhood_attention(Call *c, const scalar *q, const scalar *k, const scalar *v, const real *bias,
+int neighborhood_attention(const Call *c, const scalar *q, const scalar *k, const scalar *v, const real *bias,
                             const uint8_t *valid, const int64_t *extents, const scalar *out, const real *lse,
                             const scalar *grad, scalar *dq, scalar *dk, scalar *dv, real *dbias, double scale,
                             int64_t threads) {
     int64_t each = tasks_per_head(c), entries = (2 * c->kh - 1) * (2 * c->kw - 1), jobs = MIN(each, c->jobs);
     const Tensors a = {q, k, v, out, grad, bias, lse, valid, dq, dk, dv, (real)scale};
     double *tables = dbias ? calloc(jobs * c->heads * entries, sizeof(double)) : 0;
-    if (dbias && !tables) {
-        c->failed = 1;
-        return;
-    }
+    int failed = 0;
+    if (dbias && !tables) return 1;
 #pragma omp parallel num_threads(threads)
     {
         Memory memory = {0};
@@ -645,7 +644,7 @@ void neighborhood_attention(Call *c, const scalar *q, const scalar *k, const sca
                 Task t = task_of(c, extents, head, index);
                 if (backward_tile(c, &t, &memory, &a, bias ? bias + head * entries : 0,
                                   dbias ? tables + i * entries : 0))
-                    c->failed = 1;
+                    failed = 1;
             }
         }
         free(memory.start);
@@ -658,6 +657,7 @@ void neighborhood_attention(Call *c, const scalar *q, const scalar *k, const sca
         }
     }
     free(tables);
+    return failed;
 }
 
 #endif

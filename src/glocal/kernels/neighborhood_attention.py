@@ -132,7 +132,6 @@ def _forward(
         q, k, v = (_channels_in_order(t) for t in (q, k, v))
         numbers = _numbers(q, k, v, q, kernel, dilation, causal, shifted, FORWARD_AREA)
         call(function, numbers, q, k, v, *_extras(bias, valid, extents), out, lse, float(scale))
-        _check_memory(numbers)
         return out, lse
     index, entry = _neighbors(q, k, extents, kernel, dilation, causal, shifted)
     scores = _scores(q, k, bias, valid, index, entry, scale)
@@ -173,7 +172,6 @@ def _backward(
         extras, saved = _extras(bias, valid, extents), (out.contiguous(), lse.contiguous())
         table = None if bias is None else found[3]
         call(function, numbers, q, k, v, *extras, *saved, grad, *found[:3], table, float(scale))
-        _check_memory(numbers)
         return found
     index, entry = _neighbors(q, k, extents, kernel, dilation, causal, shifted)
     flat = [t.flatten(1, -3) for t in (grad, q, k, v, out)]
@@ -215,18 +213,13 @@ def _numbers(
     sizes = (q.shape[0], q.shape[-2], height, k.shape[-3], k.shape[-3] - q.shape[-3])
     options = (heights, kernel[-1], dilation if image else 1, dilation, int(causal), int(shifted))
     tiles = (min(max(q[..., 0].numel() // TILES, area[0]), area[1]), TILE_WIDTH, BIAS_JOBS)
-    return torch.tensor([*sizes, *options, *tiles, *(stride for each in strides for stride in each), 0])
+    return torch.tensor([*sizes, *options, *tiles, *(stride for each in strides for stride in each)])
 
 
 def _extras(bias: Tensor | None, valid: Tensor | None, extents: Tensor | None) -> tuple[Tensor | None, ...]:
     if extents is not None and extents.shape[1] == 1:
         extents = torch.cat([torch.ones_like(extents), extents], 1)
     return tuple(None if t is None else t.contiguous() for t in (bias, valid, extents))
-
-
-def _check_memory(numbers: Tensor) -> None:
-    if numbers[-1]:
-        raise MemoryError("neighborhood_attention: no memory for the keys and values of a tile")
 
 
 def _channels_in_order(tensor: Tensor) -> Tensor:

@@ -10,8 +10,6 @@
 
 #include "common.h"
 
-#include <stdio.h>
-
 #define APART static __attribute__((noinline))  /* once in the library, which then compiles faster */
 #define BLOCK 6    /* queries whose scores are taken together; all heights of `tile` divide it */
 #define TASKS 64  /* about so many, however many threads there are */
@@ -105,11 +103,7 @@ typedef struct {
 static void *zeros(int64_t count, size_t size) {
     size_t bytes = (count * size + 63) / 64 * 64;
     void *found = aligned_alloc(64, MAX(bytes, 64));
-    if (!found) {
-        fprintf(stderr, "glocal: no memory left for %zu bytes\n", bytes);
-        abort();
-    }
-    return memset(found, 0, bytes);
+    return found ? memset(found, 0, bytes) : NULL;
 }
 
 static workspace workspace_of(const problem *p, int backward) {
@@ -133,10 +127,19 @@ static workspace workspace_of(const problem *p, int backward) {
     return w;
 }
 
+#define BUFFERS(w)                                                                                                  \
+    {w->q, w->k, w->other, w->k_columns, w->other_columns, w->scores, w->scores_grad, w->block, w->table,          \
+     w->bias[0].rows, w->bias[1].rows, w->bias_grad, w->now.token, w->now.query, w->next.token, w->next.query}
+
+static int complete(const workspace *w) {
+    const void *all[] = BUFFERS(w);
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        if (!all[i]) return 0;
+    return 1;
+}
+
 static void release(workspace *w) {
-    void *all[] = {w->q, w->k, w->other, w->k_columns, w->other_columns, w->scores, w->scores_grad, w->block, w->table,
-                   w->bias[0].rows, w->bias[1].rows, w->bias_grad, w->now.token,
-                   w->now.query, w->next.token, w->next.query};
+    void *all[] = BUFFERS(w);
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
 }
 
@@ -159,7 +162,7 @@ INLINE void tile(real *c, int64_t c_row, const real *a, int64_t a_row, int64_t a
     for (int64_t t = 0; t < depth; t++) {
         vec factor[6];
 #pragma GCC unroll 6
-        for (int i = 0; i < rows; i++) factor[i] = broadcast(a[i * a_row + t * a_step]);
+        for (int i = 0; i < rows; i++) factor[i] = splat(a[i * a_row + t * a_step]);
 #pragma GCC unroll 7
         for (int j = 0; j < vecs; j++) {
             vec from = load(b + t * b_row + j * LANES);
@@ -349,7 +352,7 @@ APART void put(scalar *to, const real *from, int64_t width, real factor) {
 APART void weigh(real *scores, const real *bias, int64_t rows, int64_t row, real *sums) {
     real most[BLOCK];
     for (int64_t i = 0; i < rows; i++) {
-        vec found = broadcast(-INFINITY);
+        vec found = splat(-INFINITY);
         for (int64_t j = i * row; j < (i + 1) * row; j += LANES) {
             vec score = load(scores + j) + load(bias + j);
             store(scores + j, score);
@@ -395,14 +398,18 @@ static void attend(workspace *w, const problem *p, const scalar *qkv, const real
     }
 }
 
-void forward(const scalar *qkv, const scalar *table, const int64_t *extents, const int64_t *shape, scalar *out,
-             int64_t threads) {
+/* Returns 1 if there is no memory. */
+int forward(const scalar *qkv, const scalar *table, const int64_t *extents, const int64_t *shape, scalar *out,
+            int64_t threads) {
     const problem p = problem_of(shape, extents);
+    int failed = 0;
 #pragma omp parallel num_threads(threads)
     {
         workspace w = workspace_of(&p, 0);
+        if (!complete(&w)) failed = 1;
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < p.chunks * p.groups; task++) {
+            if (failed) continue;
             int64_t head, heads, part, parts;
             begin(&w, &p, table, task, &head, &heads, &part, &parts);
             for (int64_t t = 0; t < parts; t++) {
@@ -414,6 +421,7 @@ void forward(const scalar *qkv, const scalar *table, const int64_t *extents, con
         }
         release(&w);
     }
+    return failed;
 }
 
 #else
@@ -465,16 +473,20 @@ static void attend_backward(workspace *w, const problem *p, const scalar *grad, 
     for (int64_t i = 0; i < n; i++) put(qkv_grad + token[i] + 2 * channels, found + i * columns, width, 1);
 }
 
-void backward(const scalar *grad, const scalar *qkv, const scalar *table, const int64_t *extents, const int64_t *shape,
+/* Returns 1 if there is no memory. */
+int backward(const scalar *grad, const scalar *qkv, const scalar *table, const int64_t *extents, const int64_t *shape,
               scalar *qkv_grad, scalar *table_grad, int64_t threads) {
     const problem p = problem_of(shape, extents);
     const int64_t panel = p.places * p.row, all = table ? p.heads * p.entries : 0;
     real *sums = zeros(p.chunks * all, sizeof(real));  /* [chunks][heads][entries] */
+    int failed = !sums;
 #pragma omp parallel num_threads(threads)
     {
         workspace w = workspace_of(&p, 1);
+        if (!complete(&w)) failed = 1;
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < p.chunks * p.groups; task++) {
+            if (failed) continue;
             int64_t head, heads, part, parts;
             begin(&w, &p, table, task, &head, &heads, &part, &parts);
             real *own = table ? sums + task % p.chunks * all + head * p.entries : NULL;
@@ -496,13 +508,14 @@ void backward(const scalar *grad, const scalar *qkv, const scalar *table, const 
         }
         release(&w);
 #pragma omp for
-        for (int64_t e = 0; e < all; e++) {
+        for (int64_t e = 0; e < (failed ? 0 : all); e++) {
             real sum = 0;
             for (int64_t chunk = 0; chunk < p.chunks; chunk++) sum += sums[chunk * all + e];
             table_grad[(p.entries - 1 - e % p.entries) * p.heads + e / p.entries] = narrowed(sum);
         }
     }
     free(sums);
+    return failed;
 }
 
 #endif
