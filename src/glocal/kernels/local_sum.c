@@ -336,21 +336,42 @@ int local_sum_transposed(const scalar *y, const scalar *w, scalar *x, SIZES) {
 
 #elif defined(SHARED)
 
-#define MOST 7 /* taps of a row at a time, one register each */
+/* As many sums at once as registers hold, since each waits for the last product that was added to it: taps of a part of
+   a row or, where rows are short, of several. */
+#define MOST 14
 #define PARTS ((KW + MOST - 1) / MOST)
+#define ROWS MIN(KH, MAX(MOST / KW, 1))
 
-/* sums[t] += y[j] * x[j + DILATION * t] over a row, for `count` neighboring taps. */
-INLINE void multiply_row(real *sums, const real *x, const real *y, int64_t columns, int count) {
-    vec held[2 * MOST] = {0};
-#pragma GCC unroll 8
-    for (int t = 0; t < count; t++) held[t] = load(sums + t * WIDE);
+/* sums[r][t] += y[j] * x[j + DILATION * t] over lines of `rows` neighboring rows r of x, for `count` neighboring taps. */
+INLINE void multiply(real *sums, const real *x, int64_t pitch, const real *y, int64_t columns, int rows, int count) {
+    vec held[ROWS][MOST];
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 16
+        for (int t = 0; t < count; t++) held[r][t] = load(sums + (r * KW + t) * WIDE);
     for (int64_t j = 0; j < columns; j++) {
         vec of = load(y + j * WIDE);
-#pragma GCC unroll 8
-        for (int t = 0; t < count; t++) held[t] += of * load(x + (j + t * DILATION) * WIDE);
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 16
+            for (int t = 0; t < count; t++)
+                held[r][t] += of * load(x + r * DILATION * pitch + (j + t * DILATION) * WIDE);
     }
-#pragma GCC unroll 8
-    for (int t = 0; t < count; t++) store(sums + t * WIDE, held[t]);
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 16
+        for (int t = 0; t < count; t++) store(sums + (r * KW + t) * WIDE, held[r][t]);
+}
+
+/* The same for all taps of `rows` rows, in parts that differ by one tap at most. */
+INLINE void multiply_rows(real *sums, const real *x, int64_t pitch, const real *y, int64_t columns, int rows) {
+    for (int part = 0, k = 0; part < PARTS; part++) {
+        int end = KW * (part + 1) / PARTS;
+        const real *from = x + k * DILATION * WIDE;
+        if (end - k == KW / PARTS) multiply(sums + k * WIDE, from, pitch, y, columns, rows, KW / PARTS);
+        else multiply(sums + k * WIDE, from, pitch, y, columns, rows, (KW + PARTS - 1) / PARTS);
+        k = end;
+    }
 }
 
 /* w from x and y, for weights shared by positions: sums over the pieces of each slot, then over slots, then over the
@@ -385,23 +406,16 @@ int local_sum_products(const scalar *x, const scalar *y, scalar *w, SIZES) {
                     int64_t first, last;
                     taps_met(p.row + i + row_offset, KH, DILATION, in.rows, &first, &last);
                     fill_panels(lines, c.columns * WIDE, y, out, p, p.row + i, 1, p.column, p.columns);
-                    for (int64_t b = 0; b < p.blocks; b++)
-                        for (int64_t r = first; r < last; r++) {
-                            real *row_sums = sums + (slot * blocks + p.block + b) * slot_size + r * KW * WIDE;
-                            const real *row = panels + b * next + (i + r * DILATION) * pitch;
-                            const real *line = lines + b * c.columns * WIDE;
-                            int64_t k = 0;
-                            for (int part = 0; part < PARTS; part++) {
-                                int64_t end = KW * (part + 1) / PARTS;
-                                if (end - k == KW / PARTS)
-                                    multiply_row(row_sums + k * WIDE, row + k * DILATION * WIDE, line, p.columns,
-                                                 KW / PARTS);
-                                else
-                                    multiply_row(row_sums + k * WIDE, row + k * DILATION * WIDE, line, p.columns,
-                                                 KW / PARTS + 1);
-                                k = end;
-                            }
-                        }
+                    for (int64_t b = 0; b < p.blocks; b++) {
+                        real *of = sums + (slot * blocks + p.block + b) * slot_size;
+                        const real *panel = panels + b * next + i * pitch, *line = lines + b * c.columns * WIDE;
+                        int64_t r = first;
+                        for (; r + ROWS <= last; r += ROWS)
+                            multiply_rows(of + r * KW * WIDE, panel + r * DILATION * pitch, pitch, line, p.columns,
+                                          ROWS);
+                        for (; r < last; r++)
+                            multiply_rows(of + r * KW * WIDE, panel + r * DILATION * pitch, pitch, line, p.columns, 1);
+                    }
                 }
             }
         }
