@@ -144,6 +144,8 @@ def test_paths_are_explained(call, arguments, path):
     ("operator", "kernel"),
     [
         ("DepthwiseConv(kernel_size=7)", "kernel   local_sum: compiled by cc"),
+        ("WindowAttention(window_size=4)", "kernel   window_attention: compiled by cc"),
+        ("NeighborhoodAttention", "kernel   neighborhood_attention: compiled by cc"),
         ("GatedMixture(a=SelfAttention, b=DepthwiseConv)", "kernel   gathered_sum: plain PyTorch"),
     ],
 )

@@ -5,6 +5,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 import torch
@@ -47,6 +48,26 @@ def test_processes_that_start_together_build_one_library(tmp_path):
     built = (tmp_path / "kernels" / files[0]).stat().st_mtime_ns
     assert "CDLL" in said(start(tmp_path))
     assert (tmp_path / "kernels" / files[0]).stat().st_mtime_ns == built  # and it is found again
+
+
+@needs_compiler
+def test_what_is_prepared_is_built_once_and_waited_for(monkeypatch):
+    built = []
+
+    def find(source, dtype, sizes):
+        built.append(sizes)
+        time.sleep(0.3)
+        return "built"
+
+    monkeypatch.setattr(compiled, "_find", find)
+    monkeypatch.setattr(compiled, "_found", {})
+    monkeypatch.setattr(compiled, "_locks", {})
+    for _ in range(3):
+        compiled.prepare("local_sum.c", torch.float32, K=3)
+    with pytest.raises(compiled.Unavailable, match="built"):
+        compiled.load("local_sum.c", torch.float32, K=3)
+    compiled.prepare("local_sum.c", torch.float32, K=3)
+    assert built == [(("K", 3),)]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -95,9 +96,28 @@ def _argument(value: Tensor | int | float | None) -> object:
     return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_void_p(None)
 
 
-@cache
+def prepare(source: str, dtype: torch.dtype, **sizes: int) -> None:
+    """Begins to build a library that will be asked for, beside whatever else is done now."""
+    key = (source, dtype, tuple(sorted(sizes.items())))
+    if key not in _locks and unavailable() is None:
+        threading.Thread(target=_load, args=key, daemon=True).start()
+
+
+_found: dict[tuple[Any, ...], ctypes.CDLL | str] = {}
+_locks: dict[tuple[Any, ...], threading.Lock] = {}
+
+
 def _load(source: str, dtype: torch.dtype, sizes: tuple[tuple[str, int], ...]) -> ctypes.CDLL | str:
     """The library, or why there is none; either is found out once in a process."""
+    key = (source, dtype, sizes)
+    if key not in _found:
+        with _locks.setdefault(key, threading.Lock()):
+            if key not in _found:
+                _found[key] = _find(source, dtype, sizes)
+    return _found[key]
+
+
+def _find(source: str, dtype: torch.dtype, sizes: tuple[tuple[str, int], ...]) -> ctypes.CDLL | str:
     if why := unavailable():
         return why
     if dtype not in TYPES:

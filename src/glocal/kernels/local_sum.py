@@ -85,7 +85,9 @@ def local_sum(
         dtype = torch.get_autocast_dtype(device)
     x, w, bias = x.to(dtype), w.to(dtype), None if bias is None else bias.to(dtype)
     offset = [past - dilation * n for n in left]
-    if device in ("cpu", "meta") and not torch.compiler.is_exporting():
+    learned = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
+    direct = not learned and _library_is_faster(x, w.shape, kernel)
+    if device in ("cpu", "meta") and not direct and not torch.compiler.is_exporting():
         return _sum(x, w, bias, kernel, dilation, offset, grid)
     if _is_convolution(w.shape, x.shape[-1]):
         return _by_library(x, w, bias, kernel, dilation, offset, grid)

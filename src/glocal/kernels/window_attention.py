@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import register_flop_formula
 
-from glocal.kernels.compiled import Unavailable, call, load
+from glocal.kernels.compiled import Unavailable, call, load, prepare
 
 SOURCE = "window_attention.c"
 
@@ -58,8 +58,10 @@ def window_attention(
     if table is not None and table.dtype != qkv.dtype:
         wide = torch.promote_types(qkv.dtype, table.dtype)
         qkv, table = qkv.to(wide), table.to(wide)
-    if qkv.device.type != "cpu":
+    if qkv.device.type not in ("cpu", "meta"):
         return _eager(qkv, table, extents, num_heads, window_size, shift_size, rolled_size)
+    if torch.is_grad_enabled() and qkv.requires_grad and not torch.compiler.is_compiling():
+        prepare(SOURCE, qkv.dtype, PASS_BACKWARD=1)  # beside the forward pass, since it takes the compiler longer
     return _forward(qkv, table, extents, num_heads, window_size, shift_size, rolled_size)
 
 
