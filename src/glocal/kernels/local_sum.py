@@ -81,7 +81,7 @@ def local_sum(
     dtype = torch.promote_types(x.dtype, w.dtype)
     dtype = dtype if bias is None else torch.promote_types(dtype, bias.dtype)
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and dtype != torch.float64:
+    if device != "meta" and torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     x, w, bias = x.to(dtype), w.to(dtype), None if bias is None else bias.to(dtype)
     offset = [past - dilation * n for n in left]
