@@ -61,7 +61,8 @@ def test_peers_that_need_compiling_compute_the_same(bench, monkeypatch):
         tensors = [t.double() for t in problem.tensors]
         ours, other = (problem.calls[key] for key in ("glocal", peer))
         found = other.restore(other.function(*other.prepare(*tensors)))
-        torch.testing.assert_close(found, ours.function(*tensors), rtol=1e-5, atol=1e-5)
+        expected = ours.restore(ours.function(*ours.prepare(*tensors)))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_yardsticks_are_what_they_are_called(bench):
@@ -101,7 +102,7 @@ def test_calls_take_turns_and_the_slow_one_is_slower(bench):
     assert order[6:] != sorted(order[6:])  # after the warm-up one does not wait for all of the other
     few = timing.interleaved({"slow": waits("slow", 0.03), "quick": lambda: None}, rounds=8, seconds=0.09)
     assert len(few["slow"]) == 3 and len(few["quick"]) == 8
-    assert timing.interleaved({"instant": lambda: None}, rounds=3)["instant"][0] < 1e-4
+    assert timing.interleaved({"instant": lambda: None}, rounds=3)["instant"][0] < 0.004
 
 
 def test_backward_gives_every_gradient_and_forward_none(bench):

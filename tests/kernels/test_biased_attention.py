@@ -380,7 +380,7 @@ FAULTS = {
         ),
         (
             "a finite mask is cast to -inf by autocast",
-            "dtype = torch.get_autocast_dtype(q.device.type)  # here",
+            "dtype = torch.get_autocast_dtype(device)  # here",
             "pass  # here",
         ),
         (

@@ -369,7 +369,7 @@ FAULTS = {
             "grad.flatten(0, -2).sum(0) if need_bias",
             "grad.flatten(0, -2)[0] if need_bias",
         ),
-        ("exported programs call ours", "and not torch.compiler.is_exporting()", ""),
+        ("exported programs call ours", "    if torch.compiler.is_exporting():\n        return True\n", ""),
         ("sums by taps begin at the first tap inside", "[max(-o, 0) for o in offset]", "[0 for o in offset]"),
     ),
 }

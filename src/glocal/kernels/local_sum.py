@@ -87,12 +87,19 @@ def local_sum(
     offset = [past - dilation * n for n in left]
     learned = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
     direct = not learned and _library_is_faster(x, w.shape, kernel)
-    if device in ("cpu", "meta") and not direct and not torch.compiler.is_exporting():
+    if device in ("cpu", "meta") and not direct and not _traced():
         return _sum(x, w, bias, kernel, dilation, offset, grid)
     if _is_convolution(w.shape, x.shape[-1]):
         return _by_library(x, w, bias, kernel, dilation, offset, grid)
     y = _sum_by_taps(x, w, kernel, dilation, offset, grid)  # torch.compile fuses it
     return y if bias is None else y + bias
+
+
+def _traced() -> bool:
+    """Whether plain PyTorch is asked for: by torch.export, and by transforms of torch.func, which know no other."""
+    if torch.compiler.is_exporting():
+        return True
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 # The operations. `offset`: the source of the first tap less the output, along each axis.
