@@ -229,8 +229,10 @@ class TokenMixer(Operator):
         for name in call:
             if name not in self._takes["fast"] and not (name in idle and name not in self._takes["_weights"]):
                 return f"the fast path does not take {name}, the definition does"
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-            return "transforms of torch.func go through the definition"
+        if not torch.compiler.is_compiling() and (
+            torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+        ):
+            return "transforms of torch.func and forward-mode derivatives go through the definition"
         return self._unsupported(x, **self._only("_unsupported", call))
 
     def _aggregation(self, x: Tensor, call: dict[str, Any], *, update: bool) -> Aggregation:

@@ -57,15 +57,14 @@ def test_what_is_prepared_is_built_once_and_waited_for(monkeypatch):
     def find(source, dtype, sizes):
         built.append(sizes)
         time.sleep(0.3)
-        return "built"
+        return sys
 
     monkeypatch.setattr(compiled, "_find", find)
     monkeypatch.setattr(compiled, "_found", {})
     monkeypatch.setattr(compiled, "_locks", {})
     for _ in range(3):
         compiled.prepare("local_sum.c", torch.float32, K=3)
-    with pytest.raises(compiled.Unavailable, match="built"):
-        compiled.load("local_sum.c", torch.float32, K=3)
+    assert compiled.load("local_sum.c", torch.float32, K=3) is sys
     compiled.prepare("local_sum.c", torch.float32, K=3)
     assert built == [(("K", 3),)]
 
@@ -114,6 +113,21 @@ def test_the_cache_is_the_users_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("GLOCAL_CACHE", str(tmp_path))
     folder = compiled._folder.__wrapped__()
     assert folder == tmp_path / "kernels" and stat.S_IMODE(folder.stat().st_mode) == 0o700
+    folder.chmod(0o777)  # anybody could put a library there
+    assert compiled._folder.__wrapped__() != folder
+
+
+@needs_compiler
+def test_a_failing_compiler_is_heard_of_once(tmp_path):
+    process = start(tmp_path, GLOCAL_CFLAGS="-mno-such-machine")
+    assert process.communicate(timeout=120)[1].count("local_sum.c runs in plain PyTorch, more slowly") == 1
+
+
+@needs_compiler
+def test_a_cache_that_disappears_is_done_without(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiled, "_folder", lambda: tmp_path / "gone")
+    with pytest.warns(UserWarning, match="No such file"):
+        assert "No such file" in compiled._load.__wrapped__("local_sum.c", torch.float32, (("GONE", 1),))
 
 
 def test_types_without_code_run_eagerly():

@@ -233,6 +233,21 @@ def test_causal_is_the_whole_kernel_on_the_left():
     assert torch.equal(local_sum(x, w, 2, causal=True), local_sum(x, w, 2, left=3))
 
 
+@pytest.mark.parametrize("kernel", [3, 7])
+def test_a_backward_pass_under_autocast_keeps_its_type(kernel):
+    x, w = torch.randn(1, 6, 6, 8, requires_grad=True), torch.randn(1, 1, 1, 8, kernel**2)
+    y = local_sum(x, w)
+    expected = torch.autograd.grad(y.sum(), x, retain_graph=True)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(torch.autograd.grad(y.sum(), x)[0], expected)
+
+
+def test_an_empty_grid_has_an_empty_sum():
+    w = torch.randn(1, 1, 1, 8, 9)
+    assert local_sum(torch.randn(2, 0, 5, 8), w).shape == (2, 0, 5, 8)
+    assert local_sum(torch.randn(2, 3, 3, 8), w, past=3).shape == (2, 0, 0, 8)
+
+
 def test_types_are_promoted_and_autocast_is_followed():
     x, w = torch.randn(1, 5, 5, 8), torch.randn(1, 1, 1, 8, 49)
     assert local_sum(x, w.bfloat16()).dtype == torch.float32
@@ -369,7 +384,7 @@ FAULTS = {
             "grad.flatten(0, -2).sum(0) if need_bias",
             "grad.flatten(0, -2)[0] if need_bias",
         ),
-        ("exported programs call ours", "    if torch.compiler.is_exporting():\n        return True\n", ""),
+        ("exported programs call ours", "torch.compiler.is_exporting() or ", ""),
         ("sums by taps begin at the first tap inside", "[max(-o, 0) for o in offset]", "[0 for o in offset]"),
     ),
 }

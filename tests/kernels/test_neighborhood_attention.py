@@ -374,6 +374,29 @@ def test_ops_pass_opcheck(grid, options):
     torch.library.opcheck(torch.ops.glocal.neighborhood_attention_backward.default, arguments)
 
 
+@pytest.mark.parametrize("kernel", [(3, 5), (5, 3), (3, 3)])
+def test_a_key_that_is_no_number_is_met_by_those_who_see_it(path, kernel):
+    """Also in the slots that fill up a vector, which belong to nobody."""
+    q, k, v = (torch.randn(1, 9, 9, 1, 8) for _ in range(3))
+    k[0, 0, 2] = torch.nan
+    met = neighborhood_attention(q, k, v, kernel_size=kernel).isnan().any(-1)[0, ..., 0]
+    seeing = torch.zeros(9, 9, dtype=torch.bool)
+    seeing[: kernel[0] // 2 + 1, max(2 - kernel[1] // 2, 0) : 3 + kernel[1] // 2] = True
+    assert torch.equal(met, seeing)
+
+
+def test_other_types_of_masks_are_taken_as_they_are_meant():
+    q, k, v, bias = inputs((6, 7), 3)
+    extents, valid = torch.tensor([[5, 6]] * len(q)), torch.rand(len(q), 6, 7) > 0.4
+    call = {"kernel_size": 3, "border": "shifted"}
+    expected = neighborhood_attention(q, k, v, bias, extents=extents, **call)
+    assert torch.equal(
+        neighborhood_attention(q, k, v, bias, extents=extents.int(), **call)[:, :5, :6], expected[:, :5, :6]
+    )
+    expected = neighborhood_attention(q, k, v, bias, kernel_size=3, valid=valid)
+    assert torch.equal(neighborhood_attention(q, k, v, bias, kernel_size=3, valid=valid.long()), expected)
+
+
 def test_compiles_in_one_graph(path):
     q, k, v, bias = inputs((6, 7), 3)
     function = torch.compile(neighborhood_attention, backend="aot_eager", fullgraph=True)

@@ -32,6 +32,10 @@ typedef real vec __attribute__((vector_size(32)));
 typedef real unaligned __attribute__((vector_size(32), aligned(sizeof(real)), may_alias));
 typedef lane_index ivec __attribute__((vector_size(32)));
 
+#if defined(__GNUC__) && __GNUC__ < 12 && !defined(__clang__)
+#define __builtin_shufflevector(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__}) /* as it was called before */
+#endif
+
 #define INLINE static inline __attribute__((always_inline))
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -75,7 +76,14 @@ def how(operation: str) -> str:
     if not any(operation.startswith(file.stem) for file in FOLDER.glob("*.c")):
         return "plain PyTorch"
     why = unavailable()
-    return f"compiled by {_compiler()[0]}" if why is None else f"plain PyTorch, since {why}"
+    return f"compiled by {_compiler()[0]} where that is fastest" if why is None else f"plain PyTorch, since {why}"
+
+
+def tangents_wanted() -> bool:
+    """Whether torch.func or forward-mode derivatives are at work, which compiled operations do not know."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def call(function: Any, *arguments: Tensor | int | float | None) -> None:
@@ -105,6 +113,8 @@ def prepare(source: str, dtype: torch.dtype, **sizes: int) -> None:
 
 _found: dict[tuple[Any, ...], ctypes.CDLL | str] = {}
 _locks: dict[tuple[Any, ...], threading.Lock] = {}
+if hasattr(os, "register_at_fork"):  # a child has no thread that would open what was locked
+    os.register_at_fork(after_in_child=_locks.clear)
 
 
 def _load(source: str, dtype: torch.dtype, sizes: tuple[tuple[str, int], ...]) -> ctypes.CDLL | str:
@@ -114,6 +124,8 @@ def _load(source: str, dtype: torch.dtype, sizes: tuple[tuple[str, int], ...]) -
         with _locks.setdefault(key, threading.Lock()):
             if key not in _found:
                 _found[key] = _find(source, dtype, sizes)
+                if isinstance(_found[key], str) and unavailable() is None and dtype in TYPES:
+                    warnings.warn(f"{source} runs in plain PyTorch, more slowly: {_found[key]}", stacklevel=2)
     return _found[key]
 
 
@@ -149,9 +161,10 @@ def _open(path: Path) -> ctypes.CDLL | str:
 
 def _compile(command: Sequence[str], path: Path) -> str | None:
     """Builds under a name of its own, then renames: processes that start together do not meet. Returns an error."""
-    handle, unfinished = tempfile.mkstemp(suffix=".so", prefix="building-", dir=path.parent)
-    os.close(handle)
+    unfinished = None
     try:
+        handle, unfinished = tempfile.mkstemp(suffix=".so", prefix="building-", dir=path.parent)
+        os.close(handle)
         done = subprocess.run([*command, "-o", unfinished], capture_output=True, text=True, timeout=300)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
@@ -161,7 +174,8 @@ def _compile(command: Sequence[str], path: Path) -> str | None:
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
     finally:
-        Path(unfinished).unlink(missing_ok=True)
+        if unfinished is not None:
+            Path(unfinished).unlink(missing_ok=True)
 
 
 @cache
@@ -181,10 +195,12 @@ def _flags() -> Sequence[Sequence[str]]:
 def _folder() -> Path:
     """Where libraries are kept: a folder that nobody else can write to, or one for this process alone."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = Path(os.environ.get("GLOCAL_CACHE") or f"{home}/glocal") / "kernels"
+    folder = Path(os.environ.get("GLOCAL_CACHE") or f"{home}/glocal").absolute() / "kernels"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if os.access(folder, os.W_OK | os.X_OK):
+        held = folder.stat()
+        ours = not hasattr(os, "getuid") or (held.st_uid == os.getuid() and not held.st_mode & 0o022)
+        if ours and os.access(folder, os.W_OK | os.X_OK):
             return folder
     except OSError:
         pass

@@ -383,7 +383,7 @@ int local_sum_products(const scalar *x, const scalar *y, scalar *w, SIZES) {
     int64_t panel_rows = c.rows + REACH_ROWS, panel_columns = c.columns + REACH_COLUMNS;
     int64_t pitch = panel_columns * WIDE, next = panel_rows * pitch;
     int64_t of_image = c.row_pieces * c.column_pieces, all = images * of_image;
-    int64_t kernels = image_stride ? images : 1, slots = image_stride ? of_image : MIN(all, 16);
+    int64_t kernels = image_stride ? images : 1, slots = MIN(image_stride ? of_image : all, 16);
     int64_t slot_size = TAPS * WIDE, total = kernels * slots * blocks;
     real *sums = calloc(MAX(total * slot_size, 1), sizeof(real));
     if (!sums) return 1;
@@ -395,8 +395,9 @@ int local_sum_products(const scalar *x, const scalar *y, scalar *w, SIZES) {
 #pragma omp for schedule(dynamic)
         for (int64_t job = 0; job < kernels * slots * c.block_pieces; job++) {
             if (!panels) continue;
-            int64_t slot = job / c.block_pieces;
-            int64_t from = image_stride ? slot : all * slot / slots, to = image_stride ? slot + 1 : all * (slot + 1) / slots;
+            int64_t slot = job / c.block_pieces, kernel = slot / slots, number = slot % slots;
+            int64_t count = image_stride ? of_image : all, begin = kernel * of_image;
+            int64_t from = begin + count * number / slots, to = begin + count * (number + 1) / slots;
             for (int64_t place = from; place < to; place++) {
                 piece p = piece_at(c, blocks, place * c.block_pieces + job % c.block_pieces);
                 real *lines = panels + c.blocks * next;

@@ -70,7 +70,7 @@ def local_sum(
         left = (left,) * rank if isinstance(left, int) else tuple(left)
     if any(not 0 <= n < k for n, k in zip(left, kernel, strict=True)):
         raise ValueError(f"left: {left}, must be from 0 to {tuple(k - 1 for k in kernel)}, so that kernels cover i")
-    if x.shape[-1] % w.shape[-2]:
+    if w.shape[-2] == 0 or x.shape[-1] % w.shape[-2]:
         raise ValueError(f"w: {w.shape[-2]} groups do not divide the {x.shape[-1]} channels of x")
     grid = [n - past for n in x.shape[1:-1]]
     for name, n, given in zip(["B", *["S"] * rank], [x.shape[0], *grid], w.shape, strict=False):
@@ -86,7 +86,7 @@ def local_sum(
     x, w, bias = x.to(dtype), w.to(dtype), None if bias is None else bias.to(dtype)
     offset = [past - dilation * n for n in left]
     learned = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
-    direct = not learned and _library_is_faster(x, w.shape, kernel)
+    direct = not learned and x.numel() > 0 and math.prod(grid) > 0 and _library_is_faster(x, w.shape, kernel)
     if device in ("cpu", "meta") and not direct and not _traced():
         return _sum(x, w, bias, kernel, dilation, offset, grid)
     if _is_convolution(w.shape, x.shape[-1]):
@@ -96,10 +96,8 @@ def local_sum(
 
 
 def _traced() -> bool:
-    """Whether plain PyTorch is asked for: by torch.export, and by transforms of torch.func, which know no other."""
-    if torch.compiler.is_exporting():
-        return True
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    """Whether plain PyTorch is asked for: by torch.export, and by derivatives that know no other."""
+    return torch.compiler.is_exporting() or compiled.tangents_wanted()
 
 
 # The operations. `offset`: the source of the first tap less the output, along each axis.
@@ -116,8 +114,9 @@ def _sum(
     grid: Sequence[int],
 ) -> Tensor:
     """[B, *S, C], [B or 1, *N or 1 each, G, T] -> [B, *N, C], N = grid."""
-    if _library_is_faster(x, w.shape, kernel):
-        return _by_library(x, w, bias, kernel, dilation, offset, grid).contiguous()
+    if _library_is_faster(x, w.shape, kernel) and x.numel() and math.prod(grid):
+        with torch.autocast(x.device.type, enabled=False):  # in a backward pass: the type was chosen before
+            return _by_library(x, w, bias, kernel, dilation, offset, grid).contiguous()
     code = _code("SUM", x, w, kernel, dilation)
     if code is None:
         y = _sum_by_taps(x, w, kernel, dilation, offset, grid)

@@ -201,7 +201,7 @@ NOINLINE void slot_places(const Panel *p, int64_t start, int64_t kh, int64_t kw,
             p->v_places[t] = (int32_t)((row + i) * DV);
         }
     }
-    for (; t < slots; t++) p->k_places[t] = p->v_places[t] = 0;
+    for (; t < slots; t++) p->k_places[t] = p->k_places[0], p->v_places[t] = p->v_places[0];
 }
 
 /* Sums up what a line's queries, of one row, gave to the bias, and begins anew. */
@@ -623,8 +623,8 @@ static int backward_tile(const Call *c, const Task *t, Memory *memory, const Ten
     return 0;
 }
 
-/* Returns 1 if there is no memory. A job is a share of a head's tasks, with a table of its own for the bias: how the sums of its gradient are cut
-   does not depend on the number of threads. */
+/* Returns 1 if there is no memory. A job is a share of a head's tasks, with a table of its own for the bias: how the
+   sums of its gradient are cut does not depend on the number of threads. */
 int neighborhood_attention(const Call *c, const scalar *q, const scalar *k, const scalar *v, const real *bias,
                             const uint8_t *valid, const int64_t *extents, const scalar *out, const real *lse,
                             const scalar *grad, scalar *dq, scalar *dk, scalar *dv, real *dbias, double scale,

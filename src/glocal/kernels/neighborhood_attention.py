@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from glocal.kernels.compiled import Unavailable, call, load
+from glocal.kernels.compiled import Unavailable, call, load, tangents_wanted
 from glocal.kernels.gathered import gathered_scatter, gathered_scores, gathered_sum
 
 FILE = "neighborhood_attention.c"
@@ -84,6 +84,11 @@ def neighborhood_attention(
     _check_shape("extents", extents, (q.shape[0], rank))
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     bias = None if bias is None else bias.to(_wide(dtype))
+    valid, extents = None if valid is None else valid.bool(), None if extents is None else extents.long()
+    if tangents_wanted():
+        raise NotImplementedError(
+            "neighborhood_attention: has no forward-mode derivative; the mixer's definition has, impl='reference'"
+        )
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     return _forward(q, k, v, bias, valid, extents, kernel, dilation, causal, border == "shifted", scale)[0]
 

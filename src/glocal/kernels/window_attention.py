@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import register_flop_formula
 
-from glocal.kernels.compiled import Unavailable, call, load, prepare
+from glocal.kernels.compiled import Unavailable, call, load, prepare, tangents_wanted
 
 SOURCE = "window_attention.c"
 
@@ -46,8 +46,9 @@ def window_attention(
     Returns:
         [B, *S, C], or [B, *rolled_size, C]. Zero outside of `extents`.
 
-    Cost: 2*N*K*C multiply-adds for N tokens, twice and a half of it backward. Memory: what is returned; nothing but
-    the arguments is kept for the backward pass. Sums are taken in float32 or wider.
+    Cost: 2*N*K*C multiply-adds for N tokens, twice and a half of it backward. Memory: what is returned, and in each
+    thread 2 K^2 numbers, 5 K^2 backward; nothing but the arguments is kept for the backward pass. Sums are taken in
+    float32 or wider.
 
     Derivatives by qkv and the table; second ones go through plain PyTorch.
 
@@ -58,9 +59,10 @@ def window_attention(
     if table is not None and table.dtype != qkv.dtype:
         wide = torch.promote_types(qkv.dtype, table.dtype)
         qkv, table = qkv.to(wide), table.to(wide)
-    if qkv.device.type not in ("cpu", "meta"):
+    if qkv.device.type not in ("cpu", "meta") or tangents_wanted():
         return _eager(qkv, table, extents, num_heads, window_size, shift_size, rolled_size)
-    if torch.is_grad_enabled() and qkv.requires_grad and not torch.compiler.is_compiling():
+    learned = torch.is_grad_enabled() and qkv.requires_grad and qkv.device.type == "cpu"
+    if learned and not torch.compiler.is_compiling():
         prepare(SOURCE, qkv.dtype, PASS_BACKWARD=1)  # beside the forward pass, since it takes the compiler longer
     return _forward(qkv, table, extents, num_heads, window_size, shift_size, rolled_size)
 
