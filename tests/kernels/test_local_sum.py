@@ -117,6 +117,13 @@ def test_is_the_loop_without_a_compiler(case, eager):
     agree(case, DOUBLE, 1e-13)
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_is_the_loop_where_plain_pytorch_is_asked_for(case, monkeypatch):
+    """As in exported programs and under torch.func: ordinary convolutions are the library's, padded where they lean."""
+    monkeypatch.setattr(compiled, "tangents_wanted", lambda: True)
+    agree(case, DOUBLE, 1e-13)
+
+
 @pytest.mark.parametrize("case", CASES[::3], ids=str)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
 def test_is_the_loop_in_short_types(case, dtype, tolerance):

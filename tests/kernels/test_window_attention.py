@@ -263,6 +263,16 @@ def test_nothing_but_the_arguments_is_kept():
     assert set(kept) == {qkv.data_ptr(), table.data_ptr()}
 
 
+def test_autocast_does_not_round_what_is_given(path):
+    qkv, table, arguments = inputs(CASES[2], dtype=torch.float32)
+    expected = window_attention(qkv, table, **arguments)
+    gradients = torch.autograd.grad(expected.sum(), [qkv, table], retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(window_attention(qkv, table, **arguments), expected, rtol=1e-6, atol=1e-6)
+        again = torch.autograd.grad(expected.sum(), [qkv, table])
+    torch.testing.assert_close(again, gradients, rtol=1e-6, atol=1e-6)
+
+
 @layouts
 def test_opcheck(layout):
     qkv, table, arguments = inputs(CASES[2], layout)

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from glocal.cli.parsing import UserError, parse, said_in_one_line
@@ -100,9 +99,9 @@ def explain_path_command(name: str, arguments: Sequence[str]) -> int:
         mixer.impl = command.impl
         x = torch.zeros(*command.shape, dtype=dtype)
         reason = mixer.unsupported(x, **mixer.besides(x))
+        kernels = _kernels(mixer, x[:1]) if reason is None and command.impl != "reference" else []
         x = x.to("meta")  # shapes are all that is asked for
         found = mixer.to("meta").eval().weights(x, **mixer.besides(x))
-        kernels = _kernels(mixer, x) if reason is None and command.impl != "reference" else []
         macs = mixer.macs(grid)
     stored = tuple(found.weights.shape)
     dense = (stored[0], found.num_groups, found.num_queries, found.num_sources)
@@ -127,7 +126,8 @@ def _path(impl: str, name: str, reason: str | None) -> str:
 
 
 def _kernels(mixer: "TokenMixer", x: "Tensor") -> list[str]:
-    """The kernels of ours that a call runs, and how; none where an operator cannot be called without computing."""
+    """The kernels of ours that a call for one image runs, and how: made, since only then it shows what compiles."""
+    import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from glocal.kernels import compiled
@@ -140,6 +140,8 @@ def _kernels(mixer: "TokenMixer", x: "Tensor") -> list[str]:
                 seen[function._schema.name.partition("::")[2]] = None
             return function(*args, **(kwargs or {}))
 
-    with suppress(Exception), Record():
-        mixer(x, **mixer.besides(x))
+    learns = mixer.training
+    with torch.set_grad_enabled(learns), Record():
+        mixer.eval()(x, **mixer.besides(x))  # a single image has no statistics of its own to train with
+    mixer.train(learns)
     return [f"{name}: {compiled.how(name)}" for name in seen]

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from glocal.kernels.compiled import tangents_wanted
+
 FORWARD_BLOCK = 4 * 2**20  # bytes of biases at a time, more where one row of queries has more
 BACKWARD_BLOCK = 2 * 2**20  # bytes of weights at a time; there are three such tensors
 WHOLE = 4 * 2**20  # weights in all, up to which the plain formula, which keeps them for backward, was measured faster
@@ -57,8 +59,8 @@ def biased_attention(
     if device != "meta" and torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)  # here, since the library's turns a finite mask into -inf
     q, k, v = (t.to(dtype) for t in (q, k, v))
-    attend = _biased_attention
-    if not torch.compiler.is_compiling():  # nothing asked of lengths that are symbols
+    attend = plain if tangents_wanted() else _biased_attention
+    if not torch.compiler.is_compiling() and attend is not plain:  # nothing asked of lengths that are symbols
         _check(q, k, v, table, grid, valid)
         if q.shape[0] * q.shape[2] * q.shape[1] ** 2 <= WHOLE:
             differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, table))

@@ -72,11 +72,11 @@ def unavailable() -> str | None:
 
 
 def how(operation: str) -> str:
-    """In words, how an operation of torch.ops.glocal runs on a CPU of this machine."""
-    if not any(operation.startswith(file.stem) for file in FOLDER.glob("*.c")):
-        return "plain PyTorch"
-    why = unavailable()
-    return f"compiled by {_compiler()[0]} where that is fastest" if why is None else f"plain PyTorch, since {why}"
+    """In words, how an operation of torch.ops.glocal that was called before ran."""
+    asked = [found for (source, *_), found in _found.items() if operation.startswith(Path(source).stem)]
+    if any(not isinstance(found, str) for found in asked):
+        return f"compiled by {_compiler()[0]}"
+    return f"plain PyTorch, since {asked[0]}" if asked else "the library's or plain PyTorch"
 
 
 def tangents_wanted() -> bool:

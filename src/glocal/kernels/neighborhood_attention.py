@@ -87,7 +87,8 @@ def neighborhood_attention(
     valid, extents = None if valid is None else valid.bool(), None if extents is None else extents.long()
     if tangents_wanted():
         raise NotImplementedError(
-            "neighborhood_attention: has no forward-mode derivative; the mixer's definition has, impl='reference'"
+            "neighborhood_attention: torch.func and forward-mode derivatives cannot go through it; the mixer's "
+            "definition takes them, impl='reference'"
         )
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     return _forward(q, k, v, bias, valid, extents, kernel, dilation, causal, border == "shifted", scale)[0]

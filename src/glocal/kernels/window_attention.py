@@ -121,7 +121,8 @@ def _forward(
     try:
         library = _library(qkv, "FORWARD")
     except Unavailable:
-        return _eager(qkv, table, extents, num_heads, window_size, shift_size, rolled_size).contiguous()
+        with torch.autocast(qkv.device.type, enabled=False):  # its products would be rounded, its mask be infinite
+            return _eager(qkv, table, extents, num_heads, window_size, shift_size, rolled_size).contiguous()
     if extents is not None:
         out.zero_()
     call(
@@ -155,7 +156,8 @@ def _backward(
     try:
         library = _library(qkv, "BACKWARD")
     except Unavailable:
-        return _eager_backward(grad, qkv, table, extents, *layout)
+        with torch.autocast(qkv.device.type, enabled=False):
+            return _eager_backward(grad, qkv, table, extents, *layout)
     if extents is not None:
         qkv_grad.zero_()
     call(
@@ -326,16 +328,8 @@ def _slots(
 
 
 @_forward.register_fake
-def _(
-    qkv: Tensor,
-    table: Tensor | None,
-    extents: Tensor | None,
-    num_heads: int,
-    window_size: Sequence[int],
-    shift_size: int,
-    rolled_size: Sequence[int] | None,
-) -> Tensor:
-    return _empty(qkv, rolled_size)
+def _(qkv: Tensor, table: Tensor | None, extents: Tensor | None, *layout: Any) -> Tensor:
+    return _empty(qkv, layout[-1])
 
 
 @_backward.register_fake
