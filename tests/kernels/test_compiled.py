@@ -1,5 +1,6 @@
 """C code that is compiled on demand: found again, never half written, and done without where it cannot be."""
 
+import mmap
 import os
 import stat
 import subprocess
@@ -148,7 +149,31 @@ def test_a_call_without_memory_raises():
         compiled.call(Refuses())
 
 
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no huge pages for those who ask")
+def test_asks_for_huge_pages_for_large_tensors_and_no_others(monkeypatch):
+    asked = []
+    monkeypatch.setattr(compiled, "_advise", lambda: lambda *arguments: asked.append(arguments))
+    compiled.on_huge_pages(torch.empty(2**19 - 1))
+    assert not asked
+    new = torch.empty(2**19 + 1)
+    assert compiled.on_huge_pages(new) is new
+    [(begin, length, advice)] = asked
+    assert begin % mmap.PAGESIZE == 0
+    assert begin <= new.data_ptr()
+    assert new.data_ptr() + new.nbytes == begin + length
+    assert advice == mmap.MADV_HUGEPAGE
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no huge pages for those who ask")
+def test_the_system_hears_of_it():
+    """Not that it has any left: only that the request is one."""
+    new = torch.empty(2**20)
+    begin = new.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    assert compiled._advise()(begin, new.data_ptr() + new.nbytes - begin, mmap.MADV_HUGEPAGE) == 0
+
+
 FAULTS = (
+    ("huge pages are asked for at an odd address", "new.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE", "new.data_ptr()"),
     ("a library is written under its own name while it is built", "os.replace(unfinished, path)", "pass"),
     ("sources do not count for the name", "hashlib.sha256(text + ", "hashlib.sha256("),
     ("the types of elements share a library", 'f"-D{TYPES[dtype]}", ', '"-DFLOAT32", '),

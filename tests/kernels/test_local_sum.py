@@ -90,6 +90,19 @@ CASES = [
     Case((1,), 4, 4, (5,), "BS"),
     Case((2, 300), 4, 4, (3, 9), "BS"),
     Case((40, 6), 4, 4, (9, 1), "BS"),
+    # sequences with groups of whole vectors: 12 and 6, 4 and 2, 2 and 1, and 10 and 5 of them
+    Case((70,), 96, 2, (3,)),
+    Case((150,), 48, 3, (7,), "B", bias=True),
+    Case((9,), 40, 1, (15,)),
+    Case((70,), 16, 2, (13,), left=(2,)),
+    Case((2,), 16, 2, (5,)),
+    Case((21,), 64, 4, (4,), left=(3,), past=3),
+    # kernels of three taps for all positions and whole vectors of channels
+    Case((6, 37), 8, 2, (3, 3), "BS"),
+    Case((5, 70), 72, 72, (3, 2), "S", left=(0, 1), bias=True),
+    Case((70,), 16, 4, (3,), "BS", bias=True),
+    Case((9,), 8, 8, (2,), "S", left=(1,), past=1),
+    Case((2, 1), 136, 136, (2, 3), "BS", left=(1, 1), batch=5),
 ]
 
 
@@ -374,6 +387,41 @@ FAULTS = {
             "for (int d = 0; d < 1; d++) sum += of[d]",
         ),
     ),
+    "kernels/local_sum_row.c": (
+        (
+            "what is missing is read",
+            "if (!inside && (place < 0 || place >= length)) continue;\n        vec source[VECS]",
+            "vec source[VECS]",
+        ),
+        ("sources gather with the taps of the sum", "KW - 1 - (m - i)]", "m - i]"),
+        ("sources gather from a place too far", "-column_offset - (KW - 1)", "-column_offset - KW"),
+        ("every group has the weights of the first", "*of = of_image + channel / D * KW", "*of = of_image"),
+        (
+            "the rest of a tile has no product",
+            "narrow(to + i * groups * KW",
+            "if (inside || !i) narrow(to + i * groups * KW",
+        ),
+    ),
+    "kernels/local_sum_small.c": (
+        ("rows outside are read as the first", "return (line){zeros, 0}", "row = 0"),
+        ("kernels of an image are those of the first", "(image_stride ? image : 0) * size", "0"),
+        (
+            "channels of the second part are left out",
+            "MIN(first + PART, channels);",
+            "MIN(first + PART, channels) * !first;",
+        ),
+        (
+            "the last slot is not added",
+            "slot < (job / groups + 1) * slots; slot++",
+            "slot < (job / groups + 1) * slots - 1; slot++",
+        ),
+        (
+            "a group's gradient is that of its first channel",
+            "c < (job % groups + 1) * group_channels",
+            "c < job % groups * group_channels + 1",
+        ),
+        ("sums begin without the bias", "sums[i] = load(w + TAPS * LANES)", "sums[i] = (vec){0}"),
+    ),
     "kernels/grids.h": (
         (
             "the last piece of a row is left out",
@@ -385,7 +433,11 @@ FAULTS = {
     "kernels/local_sum.py": (
         ("the transposed sum does not turn the kernel", "w.flip(-1)", "w"),
         ("the gradient of shared weights is that of one image", "w.sum_to_size(*shape)", "w[:1].sum_to_size(*shape)"),
-        ("the compiled code is not told of dilation", "DILATION=dilation", "DILATION=1"),
+        (
+            "the compiled code is not told of dilation",
+            '{"SHARED": 1, "DILATION": dilation}',
+            '{"SHARED": 1, "DILATION": 1}',
+        ),
         (
             "the bias has no gradient of its own",
             "grad.flatten(0, -2).sum(0) if need_bias",

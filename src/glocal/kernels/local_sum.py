@@ -121,7 +121,7 @@ def _sum(
     if code is None:
         y = _sum_by_taps(x, w, kernel, dilation, offset, grid)
         return y if bias is None else y + bias
-    y = x.new_empty(x.shape[0], *grid, x.shape[-1])
+    y = compiled.on_huge_pages(x.new_empty(x.shape[0], *grid, x.shape[-1]))
     if not _shared(w.shape):
         y = _run(code.local_sum, x, w, y, x.shape, grid, w.shape, offset, None)
         return y if bias is None else y.add_(bias)
@@ -141,7 +141,7 @@ def _transposed(
     code = _code("TRANSPOSED", y, w, kernel, dilation)
     if code is None:
         return _transposed_by_taps(y, w, kernel, dilation, offset, grid)
-    x = y.new_empty(y.shape[0], *grid, y.shape[-1])
+    x = compiled.on_huge_pages(y.new_empty(y.shape[0], *grid, y.shape[-1]))
     return _run(code.local_sum_transposed, y, w, x, x.shape, y.shape[1:-1], w.shape, offset)
 
 
@@ -150,13 +150,13 @@ def _products(
     x: Tensor, y: Tensor, kernel: Sequence[int], dilation: int, offset: Sequence[int], shape: Sequence[int]
 ) -> Tensor:
     """[B, *S, C], [B, *N, C] -> weights of `shape`: inner products over what shares a weight."""
-    w = x.new_empty(shape)
+    w = compiled.on_huge_pages(x.new_empty(shape))
     code = _code("PRODUCTS", x, w, kernel, dilation)
     if code is None:
         return _products_by_taps(x, y, kernel, dilation, offset, shape)
     if _shared(shape):
         return _run(code.local_sum_products, x, y, w, x.shape, y.shape[1:-1], shape, offset)
-    w = x.new_empty(*y.shape[:-1], *shape[-2:])
+    w = compiled.on_huge_pages(x.new_empty(*y.shape[:-1], *shape[-2:]))
     _run(code.local_sum_products, x, y, w, x.shape, y.shape[1:-1], shape, offset)
     return w.sum_to_size(*shape)
 
@@ -170,16 +170,25 @@ def _code(operation: str, x: Tensor, w: Tensor, kernel: Sequence[int], dilation:
     """The compiled operation for these types and sizes, if there can be one."""
     if x.device.type != "cpu" or max(kernel) > LONGEST:
         return None
-    width = x.shape[-1] // max(w.shape[-2], 1)
-    source, sizes = "local_sum.c", {"SHARED": 1} if _shared(w.shape) else {"D": width}
-    if not _shared(w.shape) and 0 < width < 32 // max(x.element_size(), 4):  # lanes of a vector
-        source = "local_sum_narrow.c"
+    source, sizes = _source(x, w.shape, kernel, dilation)
     try:
-        return compiled.load(
-            source, x.dtype, **{operation: 1}, KH=(1, *kernel)[-2], KW=kernel[-1], DILATION=dilation, **sizes
-        )
+        return compiled.load(source, x.dtype, **{operation: 1}, KH=(1, *kernel)[-2], KW=kernel[-1], **sizes)
     except compiled.Unavailable:
         return None
+
+
+def _source(x: Tensor, shape: Sequence[int], kernel: Sequence[int], dilation: int) -> tuple[str, dict[str, int]]:
+    """The C file for weights of this shape, and what it is built for besides the kernel."""
+    lanes, width = 32 // max(x.element_size(), 4), x.shape[-1] // max(shape[-2], 1)
+    if _shared(shape):
+        if max(kernel) <= 3 and dilation == 1 and x.shape[-1] % lanes == 0:
+            return "local_sum_small.c", {}
+        return "local_sum.c", {"SHARED": 1, "DILATION": dilation}
+    if 0 < width < lanes:
+        return "local_sum_narrow.c", {"D": width, "DILATION": dilation}
+    if len(kernel) == dilation == 1 and width % lanes == 0 and kernel[0] <= 15:
+        return "local_sum_row.c", {"D": width}
+    return "local_sum.c", {"D": width, "DILATION": dilation}
 
 
 def _run(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from glocal.kernels.compiled import Unavailable, call, load, tangents_wanted
+from glocal.kernels.compiled import Unavailable, call, load, on_huge_pages, tangents_wanted
 from glocal.kernels.gathered import gathered_scatter, gathered_scores, gathered_sum
 
 FILE = "neighborhood_attention.c"
@@ -137,7 +137,7 @@ def _forward(
     else:
         q, k, v = (_channels_in_order(t) for t in (q, k, v))
         numbers = _numbers(q, k, v, q, kernel, dilation, causal, shifted, FORWARD_AREA)
-        call(function, numbers, q, k, v, *_extras(bias, valid, extents), out, lse, float(scale))
+        call(function, numbers, q, k, v, *_extras(bias, valid, extents), on_huge_pages(out), lse, float(scale))
         return out, lse
     index, entry = _neighbors(q, k, extents, kernel, dilation, causal, shifted)
     scores = _scores(q, k, bias, valid, index, entry, scale)
@@ -177,7 +177,7 @@ def _backward(
         numbers = _numbers(q, k, v, grad, kernel, dilation, causal, shifted, BACKWARD_AREA)
         extras, saved = _extras(bias, valid, extents), (out.contiguous(), lse.contiguous())
         table = None if bias is None else found[3]
-        call(function, numbers, q, k, v, *extras, *saved, grad, *found[:3], table, float(scale))
+        call(function, numbers, q, k, v, *extras, *saved, grad, *map(on_huge_pages, found[:3]), table, float(scale))
         return found
     index, entry = _neighbors(q, k, extents, kernel, dilation, causal, shifted)
     flat = [t.flatten(1, -3) for t in (grad, q, k, v, out)]

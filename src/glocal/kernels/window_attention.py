@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import register_flop_formula
 
-from glocal.kernels.compiled import Unavailable, call, load, prepare, tangents_wanted
+from glocal.kernels.compiled import Unavailable, call, load, on_huge_pages, prepare, tangents_wanted
 
 SOURCE = "window_attention.c"
 
@@ -123,6 +123,7 @@ def _forward(
     except Unavailable:
         with torch.autocast(qkv.device.type, enabled=False):  # its products would be rounded, its mask be infinite
             return _eager(qkv, table, extents, num_heads, window_size, shift_size, rolled_size).contiguous()
+    on_huge_pages(out)
     if extents is not None:
         out.zero_()
     call(
@@ -158,6 +159,7 @@ def _backward(
     except Unavailable:
         with torch.autocast(qkv.device.type, enabled=False):
             return _eager_backward(grad, qkv, table, extents, *layout)
+    on_huge_pages(qkv_grad)
     if extents is not None:
         qkv_grad.zero_()
     call(
