@@ -41,6 +41,15 @@ FAULTS = (
         "others[0][:, None])",
     ),
     ("the fast path without content sees padding", "values, x.shape[1:-1], valid)", "values, x.shape[1:-1], None)"),
+    ("clipped offsets lie beyond the table", "offset.clamp(1 - size, size - 1)", "offset.clamp(-size, size)"),
+    (
+        "offsets are clipped one short of the table's end",
+        "offset.clamp(1 - size, size - 1)",
+        "offset.clamp(2 - size, size - 2)",
+    ),
+    ("clipped tables are read from their start", "size - 1) + size - 1", "size - 1) + n - 1"),
+    ("keys never have a bias", "num_heads * dim, bias=key_bias)", "num_heads * dim, bias=False)"),
+    ("a bias of keys that are not there is accepted", "if key_bias and not content:", "if False:"),
     ("the position is lost where there is content", 'scores["content"] = torch', 'scores["position"] = torch'),
 )
 
@@ -52,6 +61,11 @@ def spec_of(grid_size=7, rank=2, **arguments):
 
 def by_loop(mixer, places, sizes):
     """One query, one source and one head at a time; `sizes` are the tables', rows first."""
+
+    def clipped(offset, size):
+        if not mixer.clip_offsets:
+            return offset
+        return size - 1 if offset >= size else 1 - size if offset <= -size else offset
 
     def oracle(x, valid=None):
         batch, *grid, _ = x.shape
@@ -66,10 +80,10 @@ def by_loop(mixer, places, sizes):
                     total = torch.zeros(DIM, dtype=x.dtype)
                     weights = []
                     for source in seen:
-                        dx = source[-1] - query[-1]
+                        dx = clipped(source[-1] - query[-1], sizes[-1])
                         score = mixer.row_embeddings.weight[dx + sizes[-1] - 1] @ mixer.head_keys_row.weight[h]
                         if len(grid) == 2:
-                            dy = source[0] - query[0]
+                            dy = clipped(source[0] - query[0], sizes[0])
                             score = (
                                 score + mixer.col_embeddings.weight[dy + sizes[0] - 1] @ mixer.head_keys_col.weight[h]
                             )
@@ -77,6 +91,7 @@ def by_loop(mixer, places, sizes):
                             own = slice(h * DIM, (h + 1) * DIM)
                             q = mixer.query.weight[own] @ x[(b, *query)] + mixer.query.bias[own]
                             k = mixer.key.weight[own] @ x[(b, *source)]
+                            k = k + mixer.key.bias[own] if mixer.key_bias else k
                             score = score + q @ k / math.sqrt(DIM)
                         weights.append(score)
                     if seen:
@@ -105,6 +120,27 @@ SIZES = [  # tables, grid
 def test_is_the_loop(build, check, tokens, places, sizes, grid, content):
     mixer = build(spec_of(sizes, len(grid), position_dim=3, content=content), DIM)
     check(mixer, by_loop(mixer, places, sizes), tokens(2, *grid, DIM))
+
+
+@pytest.mark.parametrize("content", [False, True])
+@pytest.mark.parametrize(
+    ("sizes", "grid"), [((2, 3), (4, 5)), ((1, 2), (3, 2)), ((4, 2), (2, 4)), ((4, 4), (4, 3)), ((2,), (6,))]
+)
+def test_offsets_beyond_the_tables_count_as_their_last(build, check, tokens, places, sizes, grid, content):
+    mixer = build(spec_of(sizes, len(grid), position_dim=3, content=content, clip_offsets=True), DIM)
+    check(mixer, by_loop(mixer, places, sizes), tokens(2, *grid, DIM))
+
+
+def test_a_bias_of_keys_changes_nothing(build, check, tokens, places):
+    mixer = build(spec_of((3, 4), content=True, key_bias=True), DIM)
+    x = tokens(2, 3, 4, DIM)
+    check(mixer, by_loop(mixer, places, (3, 4)), x)
+    before = mixer(x)
+    with torch.no_grad():
+        mixer.key.bias.zero_()
+    assert_close(mixer(x), before)
+    with pytest.raises(ValueError, match="key_bias: True, without content there are no keys; add content=True"):
+        build(spec_of(key_bias=True), DIM)
 
 
 @pytest.mark.parametrize("content", [False, True])
@@ -214,7 +250,7 @@ def test_the_librarys_mask_stays_finite_in_float16(build, monkeypatch, autocast)
 
 
 def test_parameters():
-    """The released layer has 3600 more: key.bias, which no softmax sees."""
+    """The released layer has a bias of keys, too, which no softmax sees."""
 
     def shapes(spec, dim):
         return {k: tuple(v.shape) for k, v in glocal.build(spec, dim).named_parameters()}
@@ -230,6 +266,9 @@ def test_parameters():
     content = {"query.weight": (3600, 400), "query.bias": (3600,), "key.weight": (3600, 400)}
     assert shapes("LearnedRelativeAttention()", 400) == position
     assert shapes("LearnedRelativeAttention(content=True)", 400) == position | content
+    released = position | content | {"key.bias": (3600,)}
+    assert shapes("LearnedRelativeAttention(content=True, key_bias=True)", 400) == released
+    assert sum(math.prod(s) for s in released.values()) == 4_359_600
     size = sum(math.prod(s) for s in position.values())
     assert size == 1_472_400 and size + sum(math.prod(s) for s in content.values()) == 4_359_600 - 3600
     assert shapes("LearnedRelativeAttention(num_heads=1, grid_size=(3, 5), position_dim=2)", 4) == {

@@ -31,27 +31,31 @@ class LearnedRelativeAttention(PositionalAttention):
         grid_size: the largest grid, for all axes or each; the tables have 2*grid_size - 1 entries.
         position_dim: channels of an embedding; dim by default.
         content: add the agreement of query and key.
+        key_bias: whether `key` has a bias, as in the released layer, where no softmax sees it: it adds the same to all
+            scores of a query. Only with content.
+        clip_offsets: an offset that lies beyond the tables counts as the last one in them, so that any grid is taken.
         rank: 2 for images, 1 for sequences, which have one row and no `col_embeddings`.
 
     Shape:
-        x [B, *S, C] -> [B, *S, C], S up to grid_size. `row_embeddings` [2*grid_size[-1] - 1, position_dim], entry
-        dx + grid_size[-1] - 1, and `col_embeddings` [2*grid_size[0] - 1, position_dim] likewise; `head_keys_row` and
-        `head_keys_col` hold u, [heads, position_dim]. `value` maps heads*C channels, head by head, to C; with content
-        `query` and, without a bias, `key` map C channels to heads*C.
+        x [B, *S, C] -> [B, *S, C], S up to grid_size, with clip_offsets any S. `row_embeddings`
+        [2*grid_size[-1] - 1, position_dim], entry dx + grid_size[-1] - 1, and `col_embeddings` [2*grid_size[0] - 1,
+        position_dim] likewise; `head_keys_row` and `head_keys_col` hold u, [heads, position_dim]. `value` maps heads*C
+        channels, head by head, to C; with content `query` and, without a bias unless key_bias, `key` map C channels to
+        heads*C.
 
     Cost: N^2*heads*C + N*heads*C^2 multiply-adds, and (2n - 1)*position_dim*heads for each axis
     of n tokens; with content N^2*heads*C + 2*N*heads*C^2 more. Without content the fast path takes
     N*(H + W)*heads*C instead of N^2*heads*C: the weights are a softmax over rows times a softmax over columns.
 
     Raises:
-        ValueError: a grid larger than grid_size.
+        ValueError: a grid larger than grid_size without clip_offsets; key_bias without content.
 
     Source: Cordonnier et al., On the Relationship between Self-Attention and Convolutional Layers, ICLR 2020,
     arXiv 1911.03584, section 4; layer from the released code (models/bert.py), whose names the parameters have.
     Differs from the paper: content is query times key alone, as in the released code; the paper's term of query times
     offset is in `RelativePositionAttention`. The released code confuses rows and columns where the grid is not
-    square, has one grid_size for both, and gives `key` a bias, which adds the same to all scores of a query and so
-    changes nothing. No dropout on the weights.
+    square and has one grid_size for both. No dropout on the weights. Clipped offsets are those of Shaw et al., NAACL
+    2018, arXiv 1803.02155, section 3.2.
     """
 
     examples = (
@@ -59,6 +63,7 @@ class LearnedRelativeAttention(PositionalAttention):
         "LearnedRelativeAttention(num_heads=2, grid_size=(20, 28), position_dim=8, content=True)",
         "LearnedRelativeAttention(num_heads=3, grid_size=40, rank=1)",
         "LearnedRelativeAttention(num_heads=2, grid_size=40, content=True, rank=1)",
+        "LearnedRelativeAttention(num_heads=2, grid_size=3, content=True, key_bias=True, clip_offsets=True)",
     )
 
     def __init__(
@@ -69,6 +74,8 @@ class LearnedRelativeAttention(PositionalAttention):
         grid_size: int | Sequence[int] = 16,
         position_dim: int | None = None,
         content: bool = False,
+        key_bias: bool = False,
+        clip_offsets: bool = False,
         rank: int = 2,
     ) -> None:
         super().__init__(dim, num_heads=num_heads, out_dim=None, rank=rank)
@@ -76,6 +83,10 @@ class LearnedRelativeAttention(PositionalAttention):
         self._sizes = per_axis("grid_size", grid_size, rank)
         self.position_dim = dim if position_dim is None else positive("position_dim", position_dim)
         self.content = flag("content", content)
+        self.key_bias = flag("key_bias", key_bias)
+        self.clip_offsets = flag("clip_offsets", clip_offsets)
+        if key_bias and not content:
+            raise ValueError("key_bias: True, without content there are no keys; add content=True, or leave it out")
         self.row_embeddings = nn.Embedding(2 * self._sizes[-1] - 1, self.position_dim)
         self.head_keys_row = nn.Linear(self.position_dim, num_heads, bias=False)
         if rank == 2:
@@ -83,7 +94,7 @@ class LearnedRelativeAttention(PositionalAttention):
             self.head_keys_col = nn.Linear(self.position_dim, num_heads, bias=False)
         if content:
             self.query = nn.Linear(dim, num_heads * dim)
-            self.key = nn.Linear(dim, num_heads * dim, bias=False)
+            self.key = nn.Linear(dim, num_heads * dim, bias=key_bias)
 
     def scores(self, x: Tensor, *, queries: Tensor | None = None) -> dict[str, Tensor]:
         scores = {"position": self._position(x, queries)}
@@ -139,6 +150,10 @@ class LearnedRelativeAttention(PositionalAttention):
         scores = []
         for axis, ((embeddings, head_keys), size) in enumerate(zip(tables, self._sizes, strict=True)):
             n = x.shape[axis + 1]
-            rows = relative_rows("LearnedRelativeAttention", axis, size, n, x.device)
+            if self.clip_offsets:
+                offset = torch.arange(2 * n - 1, device=x.device) - n + 1
+                rows = offset.clamp(1 - size, size - 1) + size - 1
+            else:
+                rows = relative_rows("LearnedRelativeAttention", axis, size, n, x.device)
             scores.append(precise(head_keys(embeddings(rows))))
         return scores
