@@ -25,7 +25,7 @@ BELOW = {
     "spec": ["mixers"],
     "blocks": ["spec"],
     "backbone": ["blocks"],
-    "models": ["backbone"],
+    "models": ["backbone", "checkpoint"],
     "timm": ["models"],
     "conversion": ["mixers"],
     "adapters": ["mixers"],
@@ -60,7 +60,12 @@ CORE = [
     *["inspection", "evidence", "contract", "conversion", "__init__"],
 ]
 CORE_DEPENDENCIES = {"torch", "numpy"}
-NAME_IN_PIP = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}  # where it is not the module's name
+NAME_IN_PIP = {
+    "PIL": "pillow",
+    "huggingface_hub": "huggingface-hub",
+    "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
+}  # where it is not the module's name
 
 
 def reachable(place):

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from glocal.mixer import Cache as Cache
     from glocal.mixer import TokenMixer as TokenMixer
     from glocal.mixer import Unsupported as Unsupported
+    from glocal.models import create_model as create_model
+    from glocal.models import list_models as list_models
     from glocal.operator import TokenModule as TokenModule
     from glocal.spec import available as available
     from glocal.spec import build as build
@@ -32,7 +34,9 @@ _PUBLIC = {
     "available": "glocal.spec",
     "build": "glocal.spec",
     "cat": "glocal.aggregation",
+    "create_model": "glocal.models",
     "inspect": "glocal.inspection",
+    "list_models": "glocal.models",
     "mixers": None,
     "positions": None,
 }

@@ -48,15 +48,18 @@ def build(spec: str | nn.Module, dim: int | None = None, **context: Any) -> nn.M
     text = spec.strip()
     of_a_file = _OF_A_FILE.fullmatch(text)
     operators = _operators_of(of_a_file["path"]) if of_a_file else {name: getattr(mixers, name) for name in available()}
-    call = of_a_file["call"] if of_a_file else text
-    try:
-        node = ast.parse(call, mode="eval").body
-    except (SyntaxError, RecursionError) as error:
-        error = error if isinstance(error, SyntaxError) else SyntaxError("too deeply nested")
-        raise ValueError(
-            f"spec: {text!r} cannot be read ({error.msg}); write it as Name(argument=value, ...)"
-        ) from None
-    return _build(node, text, dim, operators, context)
+    return _build(_parsed(of_a_file["call"] if of_a_file else text, text), text, dim, operators, context)
+
+
+def name_and_literals(text: str) -> tuple[str, dict[str, Any]]:
+    """What a text such as "coatnet_0(dims=(64, 96), drop_rate=0.1)" names, and its arguments, which are literals.
+
+    Raises:
+        ValueError: it cannot be read, or a value is no literal.
+    """
+    text = text.strip()
+    name, keywords = _name_and_keywords(_parsed(text, text), text, "a name")
+    return name, {key: _literal(value, text) for key, value in keywords.items()}
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -66,6 +69,16 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)
     meant = f"did you mean {lower[close[0]]!r}? " if close else ""
     return f"{meant}Valid: {', '.join(valid) or 'none'}"
+
+
+def _parsed(call: str, text: str) -> ast.expr:
+    try:
+        return ast.parse(call, mode="eval").body
+    except (SyntaxError, RecursionError) as error:
+        error = error if isinstance(error, SyntaxError) else SyntaxError("too deeply nested")
+        raise ValueError(
+            f"spec: {text!r} cannot be read ({error.msg}); write it as Name(argument=value, ...)"
+        ) from None
 
 
 def _build(
@@ -96,10 +109,10 @@ def _build(
         raise ValueError(f"{name}: {error}") from error
 
 
-def _name_and_keywords(node: ast.expr, text: str) -> tuple[str, dict[str, ast.expr]]:
+def _name_and_keywords(node: ast.expr, text: str, what: str = "an operator") -> tuple[str, dict[str, ast.expr]]:
     function = node.func if isinstance(node, ast.Call) else node
     if not isinstance(function, ast.Name):
-        raise ValueError(f"spec: {text!r} is not an operator; write it as Name(argument=value, ...)")
+        raise ValueError(f"spec: {text!r} is not {what}; write it as Name(argument=value, ...)")
     if not isinstance(node, ast.Call):
         return function.id, {}
     if node.args or any(keyword.arg is None for keyword in node.keywords):
@@ -115,10 +128,15 @@ def _value(node: ast.expr, text: str, dim: int | None, operators: dict[str, type
     called = node.func if isinstance(node, ast.Call) else node
     if isinstance(called, ast.Name):
         return _build(node, text, dim, operators, context)
+    return _literal(node, text, " or operator")
+
+
+def _literal(node: ast.expr, text: str, other: str = "") -> Any:
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError, RecursionError):
-        raise ValueError(f"spec: {text!r}: {ast.unparse(node)!r} is no number, text, tuple or operator") from None
+        kinds = f"number, text, tuple{other}" if other else "number, text or tuple"
+        raise ValueError(f"spec: {text!r}: {ast.unparse(node)!r} is no {kinds}") from None
 
 
 def _operators_of(path: str) -> dict[str, type]:

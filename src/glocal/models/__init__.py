@@ -1,0 +1,59 @@
+"""Published architectures by name: `create_model("all_attention_quadratic")`, `list_models("all*")`.
+
+Every family is a file with a table `MODELS`: a name and what builds it, a class with some of its arguments filled in.
+What the name leaves open can be given beside it, as keywords or in its text, "all_attention_quadratic(depth=3)".
+"""
+
+import fnmatch
+import inspect
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from glocal.models import all_attention
+from glocal.spec import name_and_literals, nearest
+
+_MODELS: dict[str, Callable[..., nn.Module]] = {**all_attention.MODELS}
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names that `create_model` knows and the pattern fits, in order: `list_models("all_attention*")`."""
+    return sorted(fnmatch.filter(_MODELS, pattern))
+
+
+def create_model(name: str, pretrained: str | Path | None = None, **arguments: Any) -> nn.Module:
+    """Builds a published architecture: images [B, in_chans, H, W] -> scores [B, num_classes].
+
+    Args:
+        name: one of `list_models()`, alone or with arguments in text: "all_attention_quadratic(dim=64, depth=3)",
+            where values are literals. What stands there counts more than a keyword.
+        pretrained: weights to load, all of them: a file (safetensors; .pth and the like, of which only tensors are
+            read), a folder that holds one, or the id "owner/name" of a model on the Hugging Face hub, which is then
+            downloaded. Names as here or as in the official release.
+        **arguments: as the family's class has them: num_classes, in_chans, img_size, drop_path_rate and its own.
+
+    Raises:
+        ValueError: an unknown name or argument (the nearest is named), values that the model refuses, or weights that
+            cannot be read or belong to another network.
+    """
+    name, own = name_and_literals(name)
+    arguments = {**arguments, **own}
+    if name not in _MODELS:
+        raise ValueError(f"model: unknown name {name!r}; {nearest(name, _MODELS)}")
+    make = _MODELS[name]
+    valid = [p.name for p in inspect.signature(make).parameters.values() if p.kind is not p.POSITIONAL_ONLY]
+    for key in arguments:
+        if key not in valid:
+            raise ValueError(f"{name}: has no argument {key!r}; {nearest(key, valid)}")
+    try:
+        model = make(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{name}: cannot be built: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    if pretrained is not None:
+        import_module("glocal.models.pretrained").load(model, pretrained)
+    return model

@@ -1,0 +1,99 @@
+"""Weights of published models from a file, a folder or the hub, under our names or the official release's."""
+
+import re
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from glocal.checkpoint import CheckpointError, load_weights
+
+_FILES = ("model.safetensors", "weights.safetensors", "pytorch_model.bin")  # in a folder or a hub's repository
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def load(model: nn.Module, where: str | Path) -> None:
+    """Gives a model of `glocal.models` all of its weights.
+
+    Args:
+        model: what `create_model` builds; its family's file in `glocal.models.keys` knows the official names.
+        where: see `weights_file`.
+
+    Raises:
+        CheckpointError: there is no such file, it cannot be read, or it holds the weights of another network; the
+            message names the first that differs.
+    """
+    file = weights_file(where)
+    found = load_weights(file)
+    own = model.state_dict()
+    if not own.keys() & found.keys():
+        keys = import_module(f"glocal.models.keys.{type(model).__module__.rpartition('.')[2]}")
+        try:
+            found = keys.from_official(found)
+        except ValueError as error:
+            raise CheckpointError(f"{file}: weights of another network: {error}") from error
+    if (wrong := _difference(own, found)) is not None:
+        raise CheckpointError(f"{file}: weights of another network: {wrong}")
+    model.load_state_dict(found)
+
+
+def weights_file(where: str | Path) -> Path:
+    """The file of weights that a path or a hub's id names; what is not on this machine is downloaded.
+
+    Args:
+        where: a file; a folder that holds model.safetensors, weights.safetensors or pytorch_model.bin; or, where no
+            such path exists, the id "owner/name" of a model on the Hugging Face hub.
+
+    Raises:
+        CheckpointError: none of these.
+    """
+    if isinstance(where, bool):
+        raise CheckpointError(
+            f"pretrained: {where}; weights are not downloaded by a model's name: give a file, a folder, or the id "
+            "owner/name of a model on the Hugging Face hub"
+        )
+    path = Path(where)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        found = next((path / name for name in _FILES if (path / name).is_file()), None)
+        if found is None:
+            raise CheckpointError(f"pretrained: {path} holds none of {', '.join(_FILES)}; name the file")
+        return found
+    # what ends as a file of weights does is a path with a typing error
+    if path.suffix in (".safetensors", ".pt", ".pth", ".bin", ".ckpt") or not _HUB_ID.fullmatch(str(where)):
+        raise CheckpointError(f"pretrained: no file, folder or hub id {str(where)!r}; a hub id is written owner/name")
+    return _from_hub(str(where))
+
+
+def _from_hub(repo: str) -> Path:
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+    except ImportError:
+        raise CheckpointError(
+            f"pretrained: {repo!r} is no path, and huggingface_hub is not installed; run: pip install huggingface-hub"
+        ) from None
+    for name in _FILES:
+        try:
+            return Path(hf_hub_download(repo, name))
+        except EntryNotFoundError:
+            continue
+        except Exception as error:  # no network, no such repository, none of ours to read
+            raise CheckpointError(f"pretrained: {repo!r} cannot be downloaded: {_first_line(error)}") from error
+    raise CheckpointError(f"pretrained: {repo!r} on the hub holds none of {', '.join(_FILES)}")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _difference(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str | None:
+    """The first name in which weights differ from a network's, in words."""
+    for name in own:
+        if name not in found:
+            return f"{name} is missing"
+        if found[name].shape != own[name].shape:
+            return f"{name} has shape {tuple(found[name].shape)}, this network's {tuple(own[name].shape)}"
+    return next((f"{name} is not one of this network" for name in found if name not in own), None)
