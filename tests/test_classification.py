@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import glocal
 from glocal.backbone import Backbone
 from glocal.config import ModelConfig, TrainConfig
 from glocal.tasks.classification import Criterion, accuracy, build_model, normaliser, predict
@@ -298,14 +299,34 @@ def test_the_seed_decides_a_users_first_weights(users):
         ("nets.py:Ful", r"did you mean 'Full'\?"),
         ("nets.py:Full(widht=8)", r"did you mean 'width'\?"),
         ("none.py:Net", r"no file 'none.py'"),
-        ("resnet10t", r"^model: 'resnet10t' is none; write 'timm:NAME' or 'path/to/file.py:Class\(...\)'$"),
-        ("SelfAttention(num_heads=2)", r"^model: 'SelfAttention\(num_heads=2\)' is none; write"),
+        ("resnet10t", r"^model: 'resnet10t' is none; .* or write 'timm:NAME' or 'path/to/file.py:Class\(...\)'$"),
+        ("SelfAttention(num_heads=2)", r"^model: 'SelfAttention' is none; .*Valid: all_attention_generalized, all_"),
+        (
+            "all_atention_learned(dim=8)",
+            r"^model: 'all_atention_learned' is none; did you mean 'all_attention_learned'",
+        ),
+        ("all_attention_learned(dims=8)", r"^all_attention_learned: has no argument 'dims'; did you mean 'dim'\?"),
+        ("all_attention_learned(dim=8, num_classes=5)", r"gives \(1, 5\) for one image; it must give scores \(1, 3\)"),
+        ("all_attention_learned(dim=8, in_chans=3)", r"cannot run on images .*takes images \[B, 3, H, W\]$"),
     ],
 )
 def test_networks_that_cannot_be_used(users, model, message):
     with pytest.raises(ValueError, match=message) as error:
         built(model)
     assert "\n" not in str(error.value)
+
+
+def test_networks_of_ours_by_name():
+    """Made for the data; what the text says counts more, so that tables may be larger."""
+    net = built("all_attention_learned(dim=8, depth=2, num_heads=2)", chans=1, classes=7, size=(9, 12), seed=5)
+    torch.manual_seed(5)
+    same = glocal.create_model(
+        "all_attention_learned", dim=8, depth=2, num_heads=2, in_chans=1, num_classes=7, img_size=(9, 12)
+    ).state_dict()
+    assert all(torch.equal(value, same[name]) for name, value in net.state_dict().items())
+    assert net(torch.zeros(2, 1, 9, 12)).shape == (2, 7) and net.training
+    wide = built("all_attention_learned(dim=8, depth=1, num_heads=2, img_size=64)", size=(8, 8))
+    assert len(wide.blocks[0].attn.row_embeddings.weight) == 2 * 32 - 1
 
 
 def test_timm_networks_by_name():
@@ -349,5 +370,7 @@ FAULTS = (
     ),
     ("with mixup and cutmix there is only mixup", "torch.randint(len(self._mixers), ())", "0"),
     ("trying a network leaves it in evaluation mode", "module.training = before", "pass"),
+    ("models of ours are not made for the data", "create_model(text, **made_for)", "create_model(text)"),
+    ("names of ours say what timm has", "if name not in list_models():", "if False:"),
     ("trying a network draws random numbers", "with torch.random.fork_rng(), torch.no_grad()", "with torch.no_grad()"),
 )

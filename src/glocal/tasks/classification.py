@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from glocal.backbone import Backbone
 from glocal.checkpoint import CheckpointError, load_weights
 from glocal.config import ModelConfig, TrainConfig
-from glocal.spec import build
+from glocal.models import create_model, list_models
+from glocal.spec import build, nearest
 
 _BATCH = 256  # images; large enough to be quick, small enough for any memory
 Normalise = Callable[[Tensor], Tensor]
@@ -25,8 +26,8 @@ def build_model(
     """The network of a configuration: [B, in_chans, H, W] -> scores [B, num_classes].
 
     Args:
-        config: A layout, or a whole model by name; a user's class is given in_chans, num_classes and img_size as far
-            as its constructor has them, timm's always the first two.
+        config: A layout, or a whole model by name. Ours are given in_chans, num_classes and img_size, a user's class
+            as far as its constructor has them, timm's always the first two.
         in_chans: Channels of an image.
         num_classes: Number of classes.
         img_size: Height and width.
@@ -55,15 +56,18 @@ def build_model(
             positions=config.positions,
         )
     kind, _, name = config.model.partition(":")
-    if kind != "timm" and ".py:" not in config.model:
-        raise ValueError(f"model: {config.model!r} is none; write 'timm:NAME' or 'path/to/file.py:Class(...)'")
-    model = _of_timm(name, made_for) if kind == "timm" else build(config.model, **made_for)
+    if kind == "timm":
+        model = _of_timm(name, made_for)
+    elif ".py:" in config.model:
+        model = build(config.model, **made_for)
+    else:
+        model = _of_ours(config.model, made_for)
     _try(model, config.name, (in_chans, *img_size), num_classes)
     return model
 
 
 def _try(model: nn.Module, name: str, shape: tuple[int, ...], num_classes: int) -> None:
-    """Gives somebody else's network one image, so that what does not fit is said before training."""
+    """Gives a network that is no layout of ours one image, so that what does not fit is said before training."""
     training = {module: module.training for module in model.modules()}
     image = torch.zeros(1, *shape)
     try:
@@ -81,6 +85,14 @@ def _try(model: nn.Module, name: str, shape: tuple[int, ...], num_classes: int) 
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _of_ours(text: str, made_for: dict[str, Any]) -> nn.Module:
+    name = text.partition("(")[0].strip()
+    if name not in list_models():
+        other = "or write 'timm:NAME' or 'path/to/file.py:Class(...)'"
+        raise ValueError(f"model: {name!r} is none; {nearest(name, list_models())}; {other}")
+    return create_model(text, **made_for)
 
 
 def _of_timm(name: str, made_for: dict[str, Any]) -> nn.Module:
