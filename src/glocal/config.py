@@ -63,7 +63,8 @@ class ModelConfig:
     'NeighborhoodAttention(kernel_size=5)'."""
 
     model: str | None = None
-    """A whole network instead of a layout: 'timm:NAME' or 'path/to/file.py:Class(...)'."""
+    """A whole network instead of a layout: a name of ours, with arguments or without, such as
+    'all_attention_quadratic(dim=64, depth=3)'; 'timm:NAME'; or 'path/to/file.py:Class(...)'."""
 
     dims: tuple[int, ...] | None = None
     """Width of every stage."""
@@ -114,8 +115,11 @@ class TrainConfig:
     batch_size: int = 64
     """Images a step."""
 
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or SGD with momentum 0.9."""
+
     lr: float = 2e-3
-    """Peak learning rate of AdamW, reached after the warm-up."""
+    """Peak learning rate, reached after the warm-up."""
 
     weight_decay: float = 0.05
     """On parameters with two axes or more; the others have none."""
@@ -127,7 +131,7 @@ class TrainConfig:
     """Probability mass moved from the right class to all of them."""
 
     max_grad_norm: float = 1.0
-    """Gradients longer than this are shortened to it."""
+    """Gradients longer than this are shortened to it; 0 for no limit."""
 
     crop_padding: int = 0
     """Largest random shift of a training image, in pixels."""
@@ -155,8 +159,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _hold(self, ("epochs", "batch_size"), lambda count: count >= 1, "at least 1")
-        _hold(self, ("lr", "max_grad_norm"), lambda value: 0 < value < math.inf, "above 0")
-        not_negative = ("weight_decay", "crop_padding", "randaugment", "mixup", "cutmix")
+        _hold(self, ("lr",), lambda value: 0 < value < math.inf, "above 0")
+        not_negative = ("weight_decay", "max_grad_norm", "crop_padding", "randaugment", "mixup", "cutmix")
         _hold(self, not_negative, lambda value: 0 <= value < math.inf, "0 or more")
         _hold(self, ("warmup",), lambda share: 0 <= share <= 1, "from 0 to 1")
         _hold(self, ("label_smoothing", "ema"), lambda share: 0 <= share < 1, "0 or more and below 1")
@@ -194,7 +198,8 @@ class TrainCommand:
     counts more."""
 
     out: Path = Path("glocal-run")
-    """Folder for the run: config.yaml, metrics.jsonl, TensorBoard's files, checkpoints, weights.safetensors."""
+    """Folder for the run: config.yaml, metrics.jsonl, TensorBoard's files, checkpoints, weights.safetensors; and
+    heads.jsonl, the centres and spreads of quadratic attentions after every epoch, if there are any."""
 
     resume: bool = False
     """Go on with the run in this folder, exactly as if it had not been interrupted."""
@@ -328,8 +333,9 @@ class CompareConfig:
     """Operators to compare: each in turn stands for T in the layouts (in C-C-T-T, if none are named)."""
 
     models: tuple[str, ...] = ()
-    """Whole networks beside them: 'timm:NAME', or 'path/to/file.py:Class(...)', built with num_classes, in_chans and
-    img_size as far as it takes them. They keep their size."""
+    """Whole networks beside them: a name of ours, with arguments or without, such as
+    'all_attention_quadratic(dim=64, depth=3)'; 'timm:NAME'; or 'path/to/file.py:Class(...)', built with num_classes,
+    in_chans and img_size as far as it takes them. They keep their size."""
 
     seeds: tuple[int, ...] = (3,)
     """How often to train each: with the seeds 0, 1, ...; one number, or one for each of the data fractions."""

@@ -19,9 +19,10 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from glocal.analysis.heads import quadratic_heads
 from glocal.analysis.memory import peak_memory
 from glocal.checkpoint import alone_in, load_state, save_state, save_weights, write_text
-from glocal.config import RunConfig
+from glocal.config import RunConfig, TrainConfig
 from glocal.data import ImageData
 from glocal.data.augment import crop_and_flip, randaugment
 from glocal.operator import no_weight_decay
@@ -79,8 +80,9 @@ def train(
         data: All images of the source that `config.data` names.
         folder: Where the run lives. Afterwards it holds config.yaml, metrics.jsonl (a line an epoch, and one every 50
             steps), weights.safetensors, predictions.safetensors (class and loss of every test image) and result.json,
-            written last. On the way checkpoints/ holds an exact state; a run that finds one there goes on, and
-            a finished one returns its result. None keeps nothing.
+            written last; heads.jsonl, too, if the network has heads with a place (see `glocal.analysis.heads`). On the
+            way checkpoints/ holds an exact state; a run that finds one there goes on, and a finished one returns its
+            result. None keeps nothing.
         listener: Told about steps and epochs.
         checkpoint_seconds: Time between two exact states; there is one after every epoch, too.
         tensorboard: Whether to write TensorBoard's files into `folder` as well.
@@ -139,7 +141,7 @@ class _Run:
             start_from(model, Path(config.weights), new_head=config.new_head)
         self.params = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.criterion = Criterion(recipe, data.train_labels, len(data.classes), self.device)
-        optimizer = torch.optim.AdamW(_groups(model, recipe.weight_decay), lr=recipe.lr, fused=True)
+        optimizer = _optimizer(model, recipe)
         self.average: Any = None
         if recipe.ema:  # before `prepare`, whose forward would be copied as that of the original
             from torch.optim.swa_utils import AveragedModel
@@ -163,7 +165,11 @@ class _Run:
         self.folder = folder
         write_text(folder / "config.yaml", yaml.safe_dump(described(self.config, images), sort_keys=False))
         self._resume(folder)
-        self._cut_metrics(folder / "metrics.jsonl")
+        self._cut(folder / "metrics.jsonl", "step", self.step)
+        # before the first step heads stand where they start, whatever an attempt before this one has written
+        self._cut(folder / "heads.jsonl", "epoch", len(self.epochs) if self.step else -1)
+        if self.step == 0:
+            self._note_heads()
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -251,6 +257,7 @@ class _Run:
         )
         self.loss_sum, self.loss_count, self.seconds = 0.0, 0, 0.0
         self._note({"step": self.step, **asdict(self.epochs[-1])})
+        self._note_heads()
         self._keep()
         self.listener.epoch(self.epochs[-1])
         return predictions
@@ -279,7 +286,8 @@ class _Run:
             )
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
-        self.accelerator.clip_grad_norm_(self.model.parameters(), recipe.max_grad_norm)
+        if recipe.max_grad_norm:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), recipe.max_grad_norm)
         self.optimizer.step()
         if self.average is not None:
             self.average.update_parameters(self._plain())
@@ -355,12 +363,22 @@ class _Run:
                 if name not in ("step", "epoch") and value is not None:
                     self.board.add_scalar(name, value, line["step"])
 
-    def _cut_metrics(self, path: Path) -> None:
-        """Takes back the lines of steps that are done again."""
+    def _note_heads(self) -> None:
+        """A line of heads.jsonl: where the heads look now; networks without such heads have no such file."""
+        heads = quadratic_heads(self._tested())
+        if self.folder is None or not heads:
+            return
+        with (self.folder / "heads.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"epoch": len(self.epochs), "layers": heads}) + "\n")
+
+    def _cut(self, path: Path, count: str, last: int) -> None:
+        """Takes back the lines of steps or epochs that are done again."""
+        if not path.is_file():
+            return
         kept = []
-        for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
+        for line in path.read_text("utf-8").splitlines():
             try:
-                if json.loads(line)["step"] <= self.step:
+                if json.loads(line)[count] <= last:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 continue  # cut off in the middle
@@ -373,6 +391,13 @@ def rate(step: int, steps: int, warmup: float) -> float:
     if step < rising:
         return (step + 1) / rising
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+def _optimizer(model: nn.Module, recipe: TrainConfig) -> torch.optim.Optimizer:
+    groups = _groups(model, recipe.weight_decay)
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9, fused=True)
+    return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
 
 
 def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

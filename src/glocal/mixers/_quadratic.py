@@ -33,6 +33,13 @@ class QuadraticScores(PositionalAttention):
     def _spreads(self) -> Tensor:
         """S of each head: its diagonal, [G, rank], if that is all; else [G, rank, rank]."""
 
+    def precision(self) -> Tensor:
+        """The inverse covariance S S^T of each head, in tokens of x to the power -2: [G, rank, rank]."""
+        spreads = self._spreads()
+        if spreads.dim() == 2:
+            return torch.diag_embed(spreads.square())
+        return spreads @ spreads.mT
+
     def scores(self, x: Tensor, *, queries: Tensor | None = None) -> dict[str, Tensor]:
         grid = x.shape[1:-1]
         # once for each offset that occurs: pairs of tokens are many more
