@@ -84,6 +84,8 @@ COMMANDS = "compare, train, evaluate, predict, recall, check-data, list, check-o
         (["compare", "--folds", "1"], "--folds: 1; it must be at least 2, or 0 for one split"),
         (["compare", "--models", "timm:resnet1000"], "timm:resnet1000: timm has no such model; did you mean"),
         (["compare", "--models", "own.py:Net"], "no file 'own.py'"),
+        (["compare", "--models", "all_attention_learned(dims=8)"], "has no argument 'dims'; did you mean 'dim'?"),
+        (["train", "--data", "numbers", "--model", "all_atention_learned"], "did you mean 'all_attention_learned'?"),
         (["train", "--layout", "C-X"], "layout 'C-X': unknown letter 'X'"),
         (["train", "--lrr", "1"], "glocal train: unknown option '--lrr'; did you mean '--lr'?"),
         (["train", "--lr", "fast"], "glocal train: --lr:"),

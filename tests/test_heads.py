@@ -23,7 +23,7 @@ FAULTS = {
         ("names are those of classes", "        name: {", "        type(module).__name__: {"),
     ),
     ("mixers/_quadratic.py", "test_heads.py"): (
-        ("the precision is S^T S", "return spreads @ spreads.mT", "return spreads.mT @ spreads"),
+        ("the precision that is told is S^T S", "return spreads @ spreads.mT", "return spreads.mT @ spreads"),
         ("a precision is a spread", "torch.diag_embed(spreads.square())", "torch.diag_embed(spreads)"),
     ),
     "training.py": (

@@ -28,10 +28,11 @@ def test_import_loads_nothing_heavy():
     assert not [name for name in loaded if name.startswith("glocal.")]
 
 
-def test_building_an_operator_needs_only_the_core_dependencies():
-    loaded = in_fresh_process(
-        "import json, sys, glocal; glocal.build('DepthwiseConv()', 8); print(json.dumps(sorted(sys.modules)))"
-    )
+@pytest.mark.parametrize(
+    "made", ["glocal.build('DepthwiseConv()', 8)", "glocal.create_model(glocal.list_models()[0], dim=8)"]
+)
+def test_building_an_operator_or_a_model_needs_only_the_core_dependencies(made):
+    loaded = in_fresh_process(f"import json, sys, glocal; {made}; print(json.dumps(sorted(sys.modules)))")
     assert not [name for name in HEAVY if name in loaded and not name.startswith("torch._")]
 
 

@@ -156,7 +156,7 @@ FAULTS = {
             '            self.average.load_state_dict(state["average"])',
             "            pass",
         ),
-        ("lines of steps that are done again stay", '["step"] <= self.step:', '["step"] <= self.steps:'),
+        ("lines of steps that are done again stay", '"step", self.step)', '"step", self.steps)'),
         (
             "losses of an epoch forget what was before the interruption",
             '"step", "loss_sum", "loss_count", "seconds", "peak_memory"',

@@ -208,9 +208,9 @@ FAULTS = {
         ),
         (
             "nested specs do not know the operators of the user's file",
-            "        return _build(node, text, dim, operators, context)\n    try:",
+            "        return _build(node, text, dim, operators, context)\n    return _literal",
             "        ours = {name: getattr(mixers, name) for name in available()}\n"
-            "        return _build(node, text, dim, ours, context)\n    try:",
+            "        return _build(node, text, dim, ours, context)\n    return _literal",
         ),
         ("the nearest name is the first one", "lower[close[0]]", "valid[0]"),
     ),

@@ -312,13 +312,15 @@ def test_memory_is_linear_in_the_map(name):
 # Any image, any head
 
 
+@pytest.mark.parametrize(("height", "width"), [(33, 31), (6, 9), (9, 6)])
 @pytest.mark.parametrize("name", NAMES)
-def test_odd_images_are_completed_by_zeros(name):
+def test_odd_images_are_completed_by_zeros(name, height, width):
     model = glocal.create_model(name, dim=8, depth=2).double().eval()
-    image = torch.randn(2, 3, 33, 31, dtype=torch.float64)
-    whole = torch.zeros(2, 3, 34, 32, dtype=torch.float64)
-    whole[:, :, :33, :31] = image
-    assert model.forward_features(image).shape == (2, 17, 16, 8)
+    image = torch.randn(2, 3, height, width, dtype=torch.float64)
+    rows, columns = math.ceil(height / 2), math.ceil(width / 2)
+    whole = torch.zeros(2, 3, 2 * rows, 2 * columns, dtype=torch.float64)
+    whole[:, :, :height, :width] = image
+    assert model.forward_features(image).shape == (2, rows, columns, 8)
     assert_close(model(image), model(whole))
 
 
