@@ -1,0 +1,393 @@
+// The lesson: what is chosen, what follows from it, and the controls.
+
+const ALPHAS = [0.1, 64]; // ends of the slider and of the chart
+const EXACT = 46; // exp(-46) is 1e-20: less than double precision sees beside 1
+const PACE = 120; // milliseconds for a query while it plays
+const REACH = 6; // how far a centre can be moved, in pixels
+
+const WORDS = JSON.parse(document.getElementById("words").textContent);
+const at = (id) => document.getElementById(id);
+const still = matchMedia("(prefers-reduced-motion: reduce)");
+
+const chosen = { picture: "ball", kernel: "sharpen", size: 3, border: "zeros", stride: 1, dilation: 1 };
+const state = { ...chosen, alpha: EXACT, seed: 1, centres: [], head: 0, query: [0, 0], reached: -1, playing: false };
+let language = "en";
+let result; // what follows from the state, but for the query
+let curve = []; // difference and gradient for many alphas
+let later = {}; // timers
+
+/** Words of the present language, with {names} filled in. */
+const say = (key, values = {}) => WORDS[language][key].replace(/\{(\w+)\}/g, (_, name) => values[name]);
+const signedNumber = (value, digits) => minus(value.toFixed(digits));
+
+// What follows from the state
+
+function compute() {
+  const geometry = geometryOf(state);
+  const kernel = kernelOf(state.kernel, state.size, state.seed);
+  const weights = kernel.flat();
+  const picture = PICTURES[state.picture];
+  const convolved = convolve(picture, kernel, geometry);
+  const { output: attended, gradient } = attend(picture, geometry, state.centres, weights, state.alpha);
+  const errors = difference(attended, convolved);
+  const [low, high] = [-largest(convolved.map((row) => row.map((value) => -value))), largest(convolved)];
+  const strongest = Math.max(...weights.map(Math.abs));
+  result = { geometry, kernel, weights, picture, convolved, attended, gradient, errors, low, high, strongest };
+  result.error = largest(errors);
+}
+
+/** Difference and gradient for alphas from one end of the slider to the other. */
+function computeCurve() {
+  const { picture, geometry, weights, convolved } = result;
+  curve = Array.from({ length: 41 }, (_, i) => {
+    const alpha = ALPHAS[0] * (ALPHAS[1] / ALPHAS[0]) ** (i / 40);
+    const { output, gradient } = attend(picture, geometry, state.centres, weights, alpha);
+    return { alpha, error: largest(difference(output, convolved)), gradient, rate: Math.exp(-alpha) };
+  });
+}
+
+/** The centres that make the heads read the kernel's cells. */
+function cells() {
+  const { taps } = geometryOf(state);
+  return taps.flatMap((down) => taps.map((right) => [down, right]));
+}
+
+const moved = () => state.centres.some((centre, head) => String(centre) !== String(cells()[head]));
+const place = (query) => query.map((each) => result.geometry.queries[each]);
+
+// Drawing what follows
+
+function show() {
+  const { geometry, picture, weights, convolved, attended, errors, strongest } = result;
+  const { query, head, centres, alpha, reached } = state;
+  const here = place(query);
+  const maps = centres.map((centre) => attentionMap(geometry.places, here, centre, alpha));
+  const [first] = geometry.places;
+  const together = (row, column) => sum(maps.map((map, h) => weights[h] * (map[row - first]?.[column - first] ?? 0)));
+  const window_ = cells().map(([down, right]) => [here[0] + down, here[1] + right]);
+  const cell = (row, column) => sum(window_.map(([r, c], h) => (r === row && c === column ? weights[h] : 0)));
+  const shared = { picture, geometry, strongest, query: here };
+  const left = geometry.border === "none" ? "zeros" : geometry.border;
+  drawSource(at("window"), { ...shared, shown: left, weights: cell, frames: window_, chosen: window_[head] });
+  const rings = centres.map((centre, h) => ({ at: [here[0] + centre[0], here[1] + centre[1]], weight: weights[h] }));
+  rings.push({ ...rings[head], front: true });
+  drawSource(at("look"), { ...shared, shown: geometry.border, weights: together, rings });
+  drawOutput(at("convolved"), convolved, { ...result, reached, query });
+  drawOutput(at("attended"), attended, { ...result, reached, query });
+  drawDifference(at("map"), errors, query);
+
+  const reads = window_.map(([row, column]) => readAt(picture, row, column, left));
+  drawTiles(at("taps"), state.size, weights, head, (pen, width, h) => {
+    pen.fillStyle = reads[h] === null ? colour("rule") : grey(reads[h]);
+    pen.fillRect(0, 0, width, width);
+  });
+  drawTiles(at("heads"), state.size, weights, head, (pen, width, h) =>
+    paintHead(pen, width, picture, geometry, maps[h], here, centres[h], weights[h]),
+  );
+  showNumbers(reads, maps, window_[head]);
+  drawBell(at("bell"), centres[head][1], alpha, { offset: say("offset") });
+  showPrice();
+}
+
+function showNumbers(reads, maps, tap) {
+  const { geometry, picture, weights, convolved, attended } = result;
+  const { query, head, centres, alpha, size } = state;
+  const [row, column] = query;
+  const mean = sum(
+    maps[head].map((line, r) =>
+      dot(line, geometry.places.map((c) => readAt(picture, geometry.places[r], c, geometry.border) ?? 0)),
+    ),
+  );
+  const read = reads[head] ?? 0;
+  const write = (id, words) => (at(id).textContent = words);
+  const [down, right] = cells()[head].map((offset) => signedNumber(offset, 0));
+  const count = size * size;
+  for (const caption of document.querySelectorAll(".range"))
+    caption.textContent = say("range", { low: signedNumber(result.low, 2), high: signedNumber(result.high, 2) });
+  write("attention-title", say(count > 1 ? "attention" : "attention-one", { heads: count }));
+  write("tap-name", say("tap", { down, right }));
+  write("tap-read", reads[head] === null ? say("nothing") : read.toFixed(4));
+  write("tap-product", `${short(weights[head])} × ${read.toFixed(4)} = ${signedNumber(weights[head] * read, 4)}`);
+  write("tap-sum", signedNumber(convolved[row][column], 6));
+  const [y, x] = centres[head].map((offset) => minus(String(offset)));
+  write("head-name", say("head", { head: head + 1, down: y, right: x }));
+  write("head-top", `${(100 * largest(maps[head])).toFixed(1)} %`);
+  write("head-read", mean.toFixed(4));
+  write("head-product", `${short(weights[head])} × ${mean.toFixed(4)} = ${signedNumber(weights[head] * mean, 4)}`);
+  write("head-sum", signedNumber(attended[row][column], 6));
+  write("error", written(result.error));
+  write("gradient", written(result.gradient));
+  const [said, look] = told();
+  write("said", say(said));
+  at("said").style.borderColor = `var(--${look})`;
+  const reaching = geometry.places.length ** 2;
+  const [local, wide] = [size ** 2 * 64 * 64 + 64, size ** 2 * 3];
+  for (const [id, number] of Object.entries({
+    "count-heads": count, "count-weights": count, "count-own-weights": count, "count-centres": 2 * count,
+    "count-alphas": count, "count-wide": local, "count-own-wide": local + wide,
+    "count-reads": count, "count-own-reads": count * reaching,
+  })) write(id, number.toLocaleString(language)); // prettier-ignore
+  write("alpha-shown", `α = ${alpha}`);
+  write("error-shown", written(result.error));
+  at("restore").disabled = !moved();
+  for (const [axis, id] of ["down", "right"].entries()) {
+    at(id).value = centres[head][axis];
+    at(`${id}-shown`).textContent = signedNumber(centres[head][axis], 2);
+  }
+  const slider = at("alpha");
+  slider.value = Math.round(100 * Math.log10(alpha / EXACT));
+  slider.setAttribute("aria-valuetext", `α = ${alpha}`);
+  const scrubber = at("query");
+  scrubber.max = geometry.out ** 2 - 1;
+  scrubber.value = row * geometry.out + column;
+  scrubber.setAttribute("aria-valuetext", say("place", { row: row + 1, column: column + 1 }));
+  at("query-shown").textContent = say("place", { row: row + 1, column: column + 1 });
+  at("play").textContent = say(state.playing ? "pause" : "play");
+  at("another").hidden = state.kernel !== "random";
+}
+
+/** Which sentence fits what is seen, and its colour. */
+function told() {
+  if (state.border === "none" && state.size > 1) return ["said-none", "c6"];
+  if (moved()) return ["said-moved", "c5"];
+  if (result.error < 1e-12) return ["said-exact", "c3"];
+  return result.error < 1e-3 ? ["said-near", "c3"] : ["said-soft", "c5"];
+}
+
+function showPrice() {
+  const now = { alpha: state.alpha, error: result.error, gradient: result.gradient };
+  drawPrice(at("price"), curve, now, { alpha: say("price-alpha") });
+}
+
+/** For those who listen: what the last action changed, once the hand rests. */
+function announce(words = present) {
+  clearTimeout(later.spoken);
+  later.spoken = setTimeout(() => (at("spoken").textContent = words()), 400);
+}
+
+function present() {
+  const [row, column] = state.query;
+  return say("spoken", {
+    row: row + 1, column: column + 1,
+    convolution: result.convolved[row][column].toFixed(4), attention: result.attended[row][column].toFixed(4),
+    alpha: state.alpha, error: result.error.toExponential(1), gradient: result.gradient.toExponential(1),
+  }); // prettier-ignore
+}
+
+// Changing the state
+
+/** After a change of anything but the query; the chart follows when the hand rests, unless only alpha moved. */
+function changed({ curves = true } = {}) {
+  compute();
+  if (curves) {
+    clearTimeout(later.curve);
+    later.curve = setTimeout(() => (computeCurve(), showPrice()), curve.length ? 60 : 0);
+  }
+  show();
+  announce();
+}
+
+function setAlpha(alpha) {
+  state.alpha = Number(alpha.toPrecision(3));
+  changed({ curves: false });
+}
+
+/** A choice that moves the grid or the kernel: centres go back to its cells, and the query stays on it. */
+function choose(values) {
+  const whole = state.reached >= geometryOf(state).out ** 2 - 1;
+  Object.assign(state, values);
+  if (state.kernel === "edge" && state.size === 1) state.kernel = "blur"; // one pixel has no neighbours to compare
+  for (const name of Object.keys(chosen)) at(name).value = state[name];
+  at("kernel").querySelector("[value=edge]").disabled = state.size === 1;
+  state.centres = cells();
+  state.head = Math.min(state.head, state.centres.length - 1);
+  const { out } = geometryOf(state);
+  state.query = state.query.map((each) => Math.min(each, out - 1));
+  state.reached = whole ? out ** 2 - 1 : Math.max(state.query[0] * out + state.query[1], 0);
+  changed();
+}
+
+function moveQuery(row, column) {
+  const { out } = result.geometry;
+  state.query = [row, column].map((each) => Math.min(Math.max(each, 0), out - 1));
+  state.reached = Math.max(state.reached, state.query[0] * out + state.query[1]);
+  show();
+  if (!state.playing) announce();
+}
+
+function moveCentre(head, centre) {
+  state.head = head;
+  state.centres[head] = centre.map((offset) => Math.min(Math.max(Number(offset.toFixed(2)), -REACH), REACH));
+  changed();
+}
+
+function play(playing) {
+  cancelAnimationFrame(later.frame);
+  state.playing = playing;
+  const { out } = result.geometry;
+  if (playing && state.query[0] * out + state.query[1] >= out ** 2 - 1) {
+    state.query = [0, 0];
+    state.reached = 0;
+  }
+  let last = performance.now();
+  const step = (now) => {
+    const next = state.query[0] * result.geometry.out + state.query[1] + 1;
+    if (now - last >= PACE) {
+      last = now;
+      if (next >= result.geometry.out ** 2) return play(false);
+      moveQuery(Math.floor(next / result.geometry.out), next % result.geometry.out);
+    }
+    later.frame = requestAnimationFrame(step);
+  };
+  if (playing) later.frame = requestAnimationFrame(step);
+  show();
+}
+
+// Controls
+
+/** Where a pointer is on a canvas of so many cells: row and column with fractions. */
+function pointed(event, count) {
+  const box = event.currentTarget.getBoundingClientRect();
+  return [event.clientY - box.top, event.clientX - box.left].map((along) => (along / box.width) * count);
+}
+
+const ARROWS = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
+
+/** Arrow keys on a canvas call `move` with the step; Home and End with the way to a corner. */
+function onArrows(canvas, move) {
+  canvas.addEventListener("keydown", (event) => {
+    const step = ARROWS[event.key] ?? { Home: [-99, -99], End: [99, 99] }[event.key];
+    if (!step || event.ctrlKey || event.metaKey || event.altKey) return;
+    event.preventDefault();
+    move(step);
+  });
+}
+
+function onDrag(canvas, start, drag) {
+  canvas.addEventListener("pointerdown", (event) => {
+    if (event.button) return;
+    canvas.setPointerCapture(event.pointerId);
+    start(event);
+  });
+  canvas.addEventListener("pointermove", (event) => canvas.hasPointerCapture(event.pointerId) && drag(event));
+}
+
+const onSource = (event) => {
+  play(false);
+  const places = pointed(event, result.geometry.extent).map((along) => along - result.geometry.before);
+  moveQuery(...places.map((along) => Math.floor(along / state.stride)));
+};
+const onOutput = (event) => {
+  play(false);
+  moveQuery(...pointed(event, result.geometry.out).map(Math.floor));
+};
+
+function listen() {
+  for (const id of ["window", "look"])
+    onArrows(at(id), ([down, right]) => {
+      play(false);
+      moveQuery(state.query[0] + down, state.query[1] + right);
+    });
+  onDrag(at("window"), onSource, onSource);
+  for (const id of ["convolved", "attended", "map"]) onDrag(at(id), onOutput, onOutput);
+
+  let held = null; // the head whose centre is dragged
+  onDrag(
+    at("look"),
+    (event) => {
+      const here = place(state.query);
+      const [row, column] = pointed(event, result.geometry.extent).map((along) => along - result.geometry.before - 0.5);
+      const away = state.centres.map(([down, right]) => Math.hypot(row - here[0] - down, column - here[1] - right));
+      const nearest = away.indexOf(Math.min(...away));
+      held = away[nearest] < 0.6 ? nearest : null;
+      if (held === null) return onSource(event);
+      play(false);
+      state.head = held;
+      show();
+    },
+    (event) => {
+      if (held === null) return onSource(event);
+      const here = place(state.query);
+      const along = pointed(event, result.geometry.extent).map((each, axis) => each - result.geometry.before - 0.5 - here[axis]);
+      moveCentre(held, along.map((each) => (Math.abs(each - Math.round(each)) < 0.12 ? Math.round(each) : each)));
+    },
+  );
+  for (const id of ["taps", "heads"]) {
+    const choice = (event) => {
+      const [row, column] = pointed(event, state.size).map((each) => Math.min(Math.floor(each), state.size - 1));
+      state.head = row * state.size + column;
+      show();
+    };
+    onDrag(at(id), choice, () => {});
+    onArrows(at(id), (step) => {
+      const cell = [Math.floor(state.head / state.size), state.head % state.size];
+      const [row, column] = cell.map((each, axis) => Math.min(Math.max(each + step[axis], 0), state.size - 1));
+      state.head = row * state.size + column;
+      show();
+      announce(() => `${at("head-name").textContent}, ${say("weight")} ${short(result.weights[state.head])}`);
+    });
+  }
+
+  for (const name of Object.keys(chosen))
+    at(name).addEventListener("change", ({ target }) =>
+      choose({ [name]: typeof chosen[name] === "number" ? Number(target.value) : target.value }),
+    );
+  at("alpha").addEventListener("input", ({ target }) => setAlpha(EXACT * 10 ** (target.value / 100)));
+  at("down").addEventListener("input", ({ target }) => moveCentre(state.head, [Number(target.value), state.centres[state.head][1]]));
+  at("right").addEventListener("input", ({ target }) => moveCentre(state.head, [state.centres[state.head][0], Number(target.value)]));
+  at("query").addEventListener("input", ({ target }) => {
+    const asked = Number(target.value); // before anything is shown: that sets the slider
+    play(false);
+    moveQuery(Math.floor(asked / result.geometry.out), asked % result.geometry.out);
+  });
+  at("play").addEventListener("click", () => play(!state.playing));
+  at("all").addEventListener("click", fillAll);
+  at("another").addEventListener("click", () => choose({ seed: state.seed + 1 }));
+  at("restore").addEventListener("click", () => choose({}));
+  const tries = {
+    exact: () => ({ alpha: EXACT, border: "zeros" }),
+    soft: () => ({ alpha: 1, border: "zeros" }),
+    edgeless: () => ({ alpha: EXACT, border: "none", size: Math.max(state.size, 3) }),
+    apart: () => ({ alpha: 8, border: "zeros" }),
+  };
+  for (const [id, values] of Object.entries(tries))
+    at(id).addEventListener("click", () => {
+      play(false);
+      choose(values());
+      fillAll();
+      if (id === "apart") moveCentre(0, state.centres[0].map((offset) => offset + 0.5));
+    });
+  for (const seen of [matchMedia("(prefers-color-scheme: dark)"), matchMedia("print")])
+    seen.addEventListener("change", () => (palette.clear(), show()));
+  new ResizeObserver(show).observe(at("window"));
+  addEventListener("hashchange", speak);
+}
+
+function fillAll() {
+  state.reached = result.geometry.out ** 2 - 1;
+  show();
+}
+
+/** Shows the page in the language of the address (#en, #zh), else in the reader's. */
+function speak() {
+  const asked = location.hash.slice(1);
+  language = asked in WORDS ? asked : navigator.language.startsWith("zh") ? "zh" : "en";
+  document.documentElement.lang = language === "zh" ? "zh-Hans" : "en";
+  document.title = say("title");
+  for (const element of document.querySelectorAll("[data-word]")) element.textContent = say(element.dataset.word);
+  for (const element of document.querySelectorAll("[data-label]")) element.ariaLabel = say(element.dataset.label);
+  for (const link of document.querySelectorAll("[data-language]"))
+    link.ariaCurrent = link.dataset.language === language ? "true" : null;
+  show();
+}
+
+state.centres = cells();
+compute();
+computeCurve();
+speak();
+choose({});
+listen();
+if (still.matches) {
+  moveQuery(5, 5);
+  fillAll();
+} else play(true);
