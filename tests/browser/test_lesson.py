@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from glocal.report.drawing import DARK, INKS, LIGHT
 from glocal.report.lesson import lesson_page
@@ -75,7 +76,8 @@ def by_torch(page_values, border, stride, dilation):
     for axis in (0, 1):  # all heads are moved at once: each part of the output comes from one
         ways = torch.zeros_like(centres)
         ways[:, axis] = 1
-        parts, slope = torch.func.jvp(by_heads, (centres,), (ways,))
+        with forward_ad.dual_level():
+            parts, slope = forward_ad.unpack_dual(by_heads(forward_ad.make_dual(centres, ways)))
         slopes.append(slope)
     return convolved, parts.sum(0).view_as(convolved), torch.hypot(*slopes).max().item()
 
@@ -306,6 +308,16 @@ def test_arrow_keys_move_the_query_and_it_is_said(lesson):
     value = seen(lesson)["convolved"][10, 10].item()
     assert f"convolution {value:.4f}, attention {value:.4f}" in said
     assert lesson.get_attribute("#spoken", "role") == "status"
+
+
+def test_a_press_chooses_a_head(lesson):
+    tile = (lesson.evaluate("document.getElementById('heads').clientWidth") - 16) / 3
+    for canvas in ("taps", "heads"):
+        for head in (0, 5, 6):
+            x, y = (head % 3) * (tile + 8), (head // 3) * (tile + 8 + 20)
+            for along in (0.1, 0.9):
+                lesson.click(f"#{canvas}", position={"x": x + along * tile, "y": y + along * tile})
+                assert seen(lesson)["head"] == head
 
 
 def test_arrow_keys_choose_a_head(lesson):
@@ -601,6 +613,7 @@ FAULTS = {
         ),
         ("playing again leaves the output filled", "state.reached = 0;", ""),
         ("a press ignores the stride", "Math.floor(along / state.stride)", "Math.floor(along)"),
+        ("low tiles are missed", "/ box.height", "/ box.width"),
         ("a centre is caught from afar", "away[nearest] < 0.6 ? nearest : null", "nearest"),
         ("it plays though less motion is asked for", "if (still.matches) {", "if (false) {"),
         ("it never stops at the end", "return play(false);\n      moveQuery", "return play(true);\n      moveQuery"),
@@ -613,8 +626,8 @@ FAULTS = {
         ),
         (
             "a slider moves the other axis",
-            "[state.centres[state.head][0], Number(target.value)]",
-            "[Number(target.value), state.centres[state.head][1]]",
+            "with(axis, Number(target.value))",
+            "with(1 - axis, Number(target.value))",
         ),
         ("arrow keys do not say what they changed", "if (!state.playing) announce();", ""),
         ("parameters are counted once for each head", "size ** 2 * 3]", "size ** 2]"),

@@ -14,7 +14,7 @@ const state = { ...chosen, alpha: EXACT, seed: 1, centres: [], head: 0, query: [
 let language = "en";
 let result; // what follows from the state, but for the query
 let curve = []; // difference and gradient for many alphas
-let later = {}; // timers
+const later = {}; // timers
 
 /** Words of the present language, with {names} filled in. */
 const say = (key, values = {}) => WORDS[language][key].replace(/\{(\w+)\}/g, (_, name) => values[name]);
@@ -64,11 +64,11 @@ function show() {
   const maps = centres.map((centre) => attentionMap(geometry.places, here, centre, alpha));
   const [first] = geometry.places;
   const together = (row, column) => sum(maps.map((map, h) => weights[h] * (map[row - first]?.[column - first] ?? 0)));
-  const window_ = cells().map(([down, right]) => [here[0] + down, here[1] + right]);
-  const cell = (row, column) => sum(window_.map(([r, c], h) => (r === row && c === column ? weights[h] : 0)));
+  const taps = cells().map(([down, right]) => [here[0] + down, here[1] + right]);
+  const cell = (row, column) => sum(taps.map(([r, c], h) => (r === row && c === column ? weights[h] : 0)));
   const shared = { picture, geometry, strongest, query: here };
   const left = geometry.border === "none" ? "zeros" : geometry.border;
-  drawSource(at("window"), { ...shared, shown: left, weights: cell, frames: window_, chosen: window_[head] });
+  drawSource(at("window"), { ...shared, shown: left, weights: cell, frames: taps, chosen: taps[head] });
   const rings = centres.map((centre, h) => ({ at: [here[0] + centre[0], here[1] + centre[1]], weight: weights[h] }));
   rings.push({ ...rings[head], front: true });
   drawSource(at("look"), { ...shared, shown: geometry.border, weights: together, rings });
@@ -76,7 +76,7 @@ function show() {
   drawOutput(at("attended"), attended, { ...result, reached, query });
   drawDifference(at("map"), errors, query);
 
-  const reads = window_.map(([row, column]) => readAt(picture, row, column, left));
+  const reads = taps.map(([row, column]) => readAt(picture, row, column, left));
   drawTiles(at("taps"), state.size, weights, head, (pen, width, h) => {
     pen.fillStyle = reads[h] === null ? colour("rule") : grey(reads[h]);
     pen.fillRect(0, 0, width, width);
@@ -84,7 +84,7 @@ function show() {
   drawTiles(at("heads"), state.size, weights, head, (pen, width, h) =>
     paintHead(pen, width, picture, geometry, maps[h], here, centres[h], weights[h]),
   );
-  showNumbers(reads, maps, window_[head]);
+  showNumbers(reads, maps, taps[head]);
   drawBell(at("bell"), centres[head][1], alpha, { offset: say("offset") });
   showPrice();
 }
@@ -126,7 +126,7 @@ function showNumbers(reads, maps, tap) {
     "count-heads": count, "count-weights": count, "count-own-weights": count, "count-centres": 2 * count,
     "count-alphas": count, "count-wide": local, "count-own-wide": local + wide,
     "count-reads": count, "count-own-reads": count * reaching,
-  })) write(id, number.toLocaleString(language)); // prettier-ignore
+  })) write(id, number.toLocaleString(language));
   write("alpha-shown", `α = ${alpha}`);
   write("error-shown", written(result.error));
   at("restore").disabled = !moved();
@@ -171,7 +171,7 @@ function present() {
     row: row + 1, column: column + 1,
     convolution: result.convolved[row][column].toFixed(4), attention: result.attended[row][column].toFixed(4),
     alpha: state.alpha, error: result.error.toExponential(1), gradient: result.gradient.toExponential(1),
-  }); // prettier-ignore
+  });
 }
 
 // Changing the state
@@ -248,7 +248,7 @@ function play(playing) {
 /** Where a pointer is on a canvas of so many cells: row and column with fractions. */
 function pointed(event, count) {
   const box = event.currentTarget.getBoundingClientRect();
-  return [event.clientY - box.top, event.clientX - box.left].map((along) => (along / box.width) * count);
+  return [((event.clientY - box.top) / box.height) * count, ((event.clientX - box.left) / box.width) * count];
 }
 
 const ARROWS = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
@@ -292,12 +292,17 @@ function listen() {
   for (const id of ["convolved", "attended", "map"]) onDrag(at(id), onOutput, onOutput);
 
   let held = null; // the head whose centre is dragged
+  const fromQuery = (event) => {
+    const { extent, before } = result.geometry;
+    const here = place(state.query);
+    return pointed(event, extent).map((along, axis) => along - before - 0.5 - here[axis]);
+  };
+  const snapped = (offset) => (Math.abs(offset - Math.round(offset)) < 0.12 ? Math.round(offset) : offset);
   onDrag(
     at("look"),
     (event) => {
-      const here = place(state.query);
-      const [row, column] = pointed(event, result.geometry.extent).map((along) => along - result.geometry.before - 0.5);
-      const away = state.centres.map(([down, right]) => Math.hypot(row - here[0] - down, column - here[1] - right));
+      const [row, column] = fromQuery(event);
+      const away = state.centres.map(([down, right]) => Math.hypot(row - down, column - right));
       const nearest = away.indexOf(Math.min(...away));
       held = away[nearest] < 0.6 ? nearest : null;
       if (held === null) return onSource(event);
@@ -305,12 +310,7 @@ function listen() {
       state.head = held;
       show();
     },
-    (event) => {
-      if (held === null) return onSource(event);
-      const here = place(state.query);
-      const along = pointed(event, result.geometry.extent).map((each, axis) => each - result.geometry.before - 0.5 - here[axis]);
-      moveCentre(held, along.map((each) => (Math.abs(each - Math.round(each)) < 0.12 ? Math.round(each) : each)));
-    },
+    (event) => (held === null ? onSource(event) : moveCentre(held, fromQuery(event).map(snapped))),
   );
   for (const id of ["taps", "heads"]) {
     const choice = (event) => {
@@ -333,8 +333,10 @@ function listen() {
       choose({ [name]: typeof chosen[name] === "number" ? Number(target.value) : target.value }),
     );
   at("alpha").addEventListener("input", ({ target }) => setAlpha(EXACT * 10 ** (target.value / 100)));
-  at("down").addEventListener("input", ({ target }) => moveCentre(state.head, [Number(target.value), state.centres[state.head][1]]));
-  at("right").addEventListener("input", ({ target }) => moveCentre(state.head, [state.centres[state.head][0], Number(target.value)]));
+  for (const [axis, id] of ["down", "right"].entries())
+    at(id).addEventListener("input", ({ target }) =>
+      moveCentre(state.head, state.centres[state.head].with(axis, Number(target.value))),
+    );
   at("query").addEventListener("input", ({ target }) => {
     const asked = Number(target.value); // before anything is shown: that sets the slider
     play(false);

@@ -150,7 +150,9 @@ function paintHead(pen, width, picture, { places, before, extent }, weights, que
   const strongest = largest(weights);
   pen.fillStyle = colour("ground");
   pen.fillRect(0, 0, width, width);
-  picture.forEach((row, r) => row.forEach((value, c) => fillCell(pen, side, r + before, c + before, grey(value), 0.22)));
+  picture.forEach((row, r) =>
+    row.forEach((value, c) => fillCell(pen, side, r + before, c + before, grey(value), 0.22)),
+  );
   places.forEach((row, r) =>
     places.forEach((column, c) => {
       const share = weights[r][c] / strongest;
@@ -210,7 +212,11 @@ function drawPrice(svg, curve, now, words) {
   }
   parts.push(shape("line", { class: "front now", x1: x(now.alpha), x2: x(now.alpha), y1: top, y2: bottom }));
   for (const [name, fill] of [["gradient", "f1"], ["error", "f6"]])
-    parts.push(shape("circle", { class: `${fill} halo ${name}`, "stroke-width": 2, r: 5.5, cx: x(now.alpha), cy: y(now[name]) }));
+    parts.push(
+      shape("circle", {
+        class: `${fill} halo ${name}`, "stroke-width": 2, r: 5.5, cx: x(now.alpha), cy: y(now[name]),
+      }),
+    );
   svg.replaceChildren(...parts);
 }
 

@@ -149,7 +149,16 @@ function randomNumbers(seed) {
 
 // Pictures, from 0 (black) to 1 (white).
 
-const DIGIT = ["", "   #####", "  ##   ##", "       ##", "       ##", "    ####", "       ##", "       ##", "  ##   ##", "   #####"];
+const DIGIT = `
+   #####
+  ##   ##
+       ##
+       ##
+    ####
+       ##
+       ##
+  ##   ##
+   #####`.split("\n");
 
 const PICTURES = {
   ball: table(SIDE, SIDE, (r, c) => {

@@ -126,7 +126,7 @@ _ENGLISH = {
     "step-encoding": "How can attention learn such scores? Score a pixel by the product of two short vectors: r "
     "for the position, v for the head.",
     "step-constant": "The product is −α‖δ − Δ‖² + α‖Δ‖². The last term is the same for all pixels, so the softmax "
-    "cancels it.",
+    "cancels it. The paper calls this the quadratic encoding.",
     "borders": "What happens at the border",
     "borders-why": "Attention weights always sum to 1: a head cannot look at nothing. So the picture is extended "
     "by the places that the window reaches. A head that looks there finds nothing (zeros), or a copy of a pixel "
@@ -252,7 +252,8 @@ _CHINESE = {
     "step-heads": "窗口的每个格子上站着一个头。第 h 个头读到的是像素 x 以 a 为权重的平均值，再乘以该格子的核权重 "
     "w。对所有头求和，就是卷积。",
     "step-encoding": "注意力怎样学到这样的分数？用两个短向量的乘积打分：r 属于位置，v 属于头。",
-    "step-constant": "乘积等于 −α‖δ − Δ‖² + α‖Δ‖²。最后一项对所有像素都相同，因此在 softmax 中抵消。",
+    "step-constant": "乘积等于 −α‖δ − Δ‖² + α‖Δ‖²。最后一项对所有像素都相同，"
+    "因此在 softmax 中抵消。论文称之为二次编码。",
     "borders": "边界处发生什么",
     "borders-why": "注意力的权重之和总是 1，头不能什么都不看。所以要把图像向外扩展，直到窗口够得着的位置。"
     "看向那里的头，要么读到空（补零），要么读到某个像素的副本（复制边缘、镜像、循环），与卷积一样。",
