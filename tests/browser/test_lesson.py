@@ -168,6 +168,7 @@ def test_a_moved_centre_is_a_softmax_written_by_hand(lesson):
     )
     assert number(lesson.inner_text("#tap-read")) == pytest.approx(clamped[row - 1, column], abs=6e-5)
     weight = got["kernel"][0, 1].item()
+    assert number(lesson.inner_text("#tap-product").split(" × ")[0]) == weight  # of two digits
     assert number(lesson.inner_text("#head-product").split("=")[1]) == pytest.approx(weight * mean, abs=6e-5)
     assert number(lesson.inner_text("#head-sum")) == pytest.approx(got["attended"][row, column].item(), abs=6e-7)
     assert number(lesson.inner_text("#tap-sum")) == pytest.approx(got["convolved"][row, column].item(), abs=6e-7)
@@ -595,7 +596,7 @@ FAULTS = {
             "column + before, row + before, signed(weight), share",
         ),
         ("the scale of differences ends early", "Math.log10(error / FLOOR) / 16", "Math.log10(error / FLOOR) / 8"),
-        ("both marks of the chart stand on the difference", "cy: y(now[name])", "cy: y(now.error)"),
+        ("both marks of the chart stand on the difference", "y(now[name])", "y(now.error)"),
         ("powers of ten lose their sign", 'replace("-", "−")', 'replace("-", "")'),
     ),
     "report/lesson.js": (

@@ -100,6 +100,8 @@ function showNumbers(reads, maps, tap) {
   );
   const read = reads[head] ?? 0;
   const write = (id, words) => (at(id).textContent = words);
+  const four = (value) => signedNumber(value, 4);
+  const timesWeight = (value) => `${four(weights[head])} × ${four(value)} = ${four(weights[head] * value)}`;
   const [down, right] = cells()[head].map((offset) => signedNumber(offset, 0));
   const count = size * size;
   for (const caption of document.querySelectorAll(".range"))
@@ -107,13 +109,13 @@ function showNumbers(reads, maps, tap) {
   write("attention-title", say(count > 1 ? "attention" : "attention-one", { heads: count }));
   write("tap-name", say("tap", { down, right }));
   write("tap-read", reads[head] === null ? say("nothing") : read.toFixed(4));
-  write("tap-product", `${short(weights[head])} × ${read.toFixed(4)} = ${signedNumber(weights[head] * read, 4)}`);
+  write("tap-product", timesWeight(read));
   write("tap-sum", signedNumber(convolved[row][column], 6));
   const [y, x] = centres[head].map((offset) => minus(String(offset)));
   write("head-name", say("head", { head: head + 1, down: y, right: x }));
   write("head-top", `${(100 * largest(maps[head])).toFixed(1)} %`);
   write("head-read", mean.toFixed(4));
-  write("head-product", `${short(weights[head])} × ${mean.toFixed(4)} = ${signedNumber(weights[head] * mean, 4)}`);
+  write("head-product", timesWeight(mean));
   write("head-sum", signedNumber(attended[row][column], 6));
   write("error", written(result.error));
   write("gradient", written(result.gradient));

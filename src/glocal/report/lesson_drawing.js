@@ -191,10 +191,7 @@ function drawPrice(svg, curve, now, words) {
   const [left, right, top, bottom] = [56, 468, 12, 218];
   const [lowest, highest] = [-20, 2];
   const x = (alpha) => left + ((right - left) * Math.log(alpha / ALPHAS[0])) / Math.log(ALPHAS[1] / ALPHAS[0]);
-  const y = (value) => {
-    const power = value > 0 ? Math.log10(value) : lowest;
-    return bottom - ((bottom - top) * (Math.min(highest, Math.max(lowest, power)) - lowest)) / (highest - lowest);
-  };
+  const y = (value) => bottom - ((bottom - top) * (Math.log10(value) - lowest)) / (highest - lowest);
   const parts = [];
   for (let power = lowest; power <= 0; power += 4) {
     parts.push(shape("line", { class: "grid", x1: left, x2: right, y1: y(10 ** power), y2: y(10 ** power) }));
@@ -205,16 +202,19 @@ function drawPrice(svg, curve, now, words) {
   for (const alpha of [0.1, 0.3, 1, 3, 10, 30])
     parts.push(shape("text", { x: x(alpha), y: bottom + 18, "text-anchor": "middle" }, String(alpha)));
   parts.push(shape("text", { x: (left + right) / 2, y: bottom + 37, "text-anchor": "middle" }, words.alpha));
-  for (const { name, look } of [...LINES].reverse()) {
-    const seen = curve.filter((point, i) => point[name] > 10 ** lowest || (i && curve[i - 1][name] > 10 ** lowest));
-    const points = seen.map((point) => `${x(point.alpha).toFixed(1)},${y(point[name]).toFixed(1)}`);
-    parts.push(shape("polyline", { fill: "none", "stroke-linejoin": "round", points: points.join(" "), ...look }));
+  const [wide, high] = [right - left, bottom - top];
+  const plot = shape("svg", { x: left, y: top, width: wide, height: high, viewBox: `${left} ${top} ${wide} ${high}` });
+  for (const { name, look } of [...LINES].reverse()) { // what is below the chart is cut off
+    const points = curve.map((point) => `${x(point.alpha).toFixed(1)},${y(point[name] || 1e-40).toFixed(1)}`);
+    plot.append(shape("polyline", { fill: "none", "stroke-linejoin": "round", points: points.join(" "), ...look }));
   }
+  parts.push(plot);
   parts.push(shape("line", { class: "front now", x1: x(now.alpha), x2: x(now.alpha), y1: top, y2: bottom }));
   for (const [name, fill] of [["gradient", "f1"], ["error", "f6"]])
     parts.push(
       shape("circle", {
-        class: `${fill} halo ${name}`, "stroke-width": 2, r: 5.5, cx: x(now.alpha), cy: y(now[name]),
+        class: `${fill} halo ${name}`, "stroke-width": 2, r: 5.5, cx: x(now.alpha),
+        cy: Math.min(bottom, y(now[name])),
       }),
     );
   svg.replaceChildren(...parts);
