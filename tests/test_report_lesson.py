@@ -13,12 +13,12 @@ from glocal.report.lesson_words import CHOICES, WORDS
 
 FAULTS = {
     "report/lesson.py": (
-        ("a script is left out", '"lesson_drawing.js", "lesson.js")', '"lesson.js")'),
+        ("a script is left out", '"lesson_drawing.js", "lesson.js"', '"lesson.js"'),
         ("the script is escaped", "script=Markup(script)", "script=script"),
         (
             "controls come before what they use",
-            '("lesson_maths.js", "lesson_drawing.js", "lesson.js")',
-            '("lesson.js", "lesson_maths.js", "lesson_drawing.js")',
+            '"lesson.js", "lesson_controls.js"',
+            '"lesson_controls.js", "lesson.js"',
         ),
     ),
     "report/lesson_words.py": (
@@ -120,7 +120,7 @@ def test_it_needs_nothing_else(text):
 
 def test_scripts_stand_whole_in_their_order(text):
     places = []
-    for name in ("lesson_maths.js", "lesson_drawing.js", "lesson.js"):
+    for name in ("lesson_maths.js", "lesson_drawing.js", "lesson.js", "lesson_controls.js"):
         source = files("glocal.report").joinpath(name).read_text("utf-8")
         assert source in text and len(source.splitlines()) < 400 and "</" not in source
         places.append(text.index(source))

@@ -174,6 +174,14 @@ def test_a_moved_centre_is_a_softmax_written_by_hand(lesson):
     assert number(lesson.inner_text("#tap-sum")) == pytest.approx(got["convolved"][row, column].item(), abs=6e-7)
     assert "(−1.3, 0.45)" in lesson.inner_text("#head-name") and "(−1, 0)" in lesson.inner_text("#tap-name")
 
+    choose(lesson, picture="digit", border="circular", kernel="blur", stride=2)
+    got = assert_is_torch(lesson, "circular", stride=2)
+    assert got["centres"][1].tolist() == [-1.3, 0.45]  # the head stays where it was put
+    choose(lesson, dilation=2)
+    assert seen(lesson)["centres"][1].tolist() == [-2, 0]  # until the cells are elsewhere
+    choose(lesson, dilation=1, stride=1)
+    lesson.fill("#down", "4")
+    assert seen(lesson)["centres"][1].tolist() == [4, 0]
     lesson.click("#restore")
     assert seen(lesson)["centres"][1].tolist() == [-1, 0] and lesson.is_disabled("#restore")
 
@@ -517,7 +525,7 @@ def test_dark(open_page):
 
 def test_everything_that_can_be_used_has_a_name(lesson):
     unnamed = lesson.evaluate(
-        "[...document.querySelectorAll('button, select, input, canvas, svg, a')].filter((e) =>"
+        "[...document.querySelectorAll('button, select, input, canvas, figure svg.chart, li svg.chart, a')].filter((e) =>"
         " !(e.ariaLabel || e.textContent.trim() || e.closest('label')?.textContent.trim())).map((e) => e.outerHTML)"
     )
     assert not unnamed
@@ -607,30 +615,33 @@ FAULTS = {
             "signedNumber(convolved[row][column], 6)",
         ),
         ("the chosen head may be one that is gone", "Math.min(state.head, state.centres.length - 1)", "state.head"),
-        (
-            "the query's slider is set before it is read",
-            "Math.floor(asked / result.geometry.out), asked %",
-            "Math.floor(target.value / result.geometry.out), asked %",
-        ),
         ("playing again leaves the output filled", "state.reached = 0;", ""),
-        ("a press ignores the stride", "Math.floor(along / state.stride)", "Math.floor(along)"),
-        ("low tiles are missed", "/ box.height", "/ box.width"),
-        ("a centre is caught from afar", "away[nearest] < 0.6 ? nearest : null", "nearest"),
-        ("it plays though less motion is asked for", "if (still.matches) {", "if (false) {"),
         ("it never stops at the end", "return play(false);\n      moveQuery", "return play(true);\n      moveQuery"),
-        ("the address does not choose the language", "asked in WORDS ? asked", 'asked === "" ? asked'),
-        ("colours stay when the scheme changes", "(palette.clear(), show())", "show()"),
         (
             "all curves are those of the present alpha",
             "state.centres, weights, alpha);\n    return",
             "state.centres, weights, state.alpha);\n    return",
         ),
-        (
-            "a slider moves the other axis",
-            "with(axis, Number(target.value))",
-            "with(1 - axis, Number(target.value))",
-        ),
         ("arrow keys do not say what they changed", "if (!state.playing) announce();", ""),
         ("parameters are counted once for each head", "size ** 2 * 3]", "size ** 2]"),
+        (
+            "heads leave their cells with the picture",
+            "if (again || String(cells()) !== before) state.centres",
+            "state.centres",
+        ),
+    ),
+    "report/lesson_controls.js": (
+        (
+            "the query's slider is set before it is read",
+            "Math.floor(asked / result.geometry.out), asked %",
+            "Math.floor(target.value / result.geometry.out), asked %",
+        ),
+        ("a press ignores the stride", "Math.floor(along / state.stride)", "Math.floor(along)"),
+        ("low tiles are missed", "/ box.height", "/ box.width"),
+        ("a centre is caught from afar", "away[nearest] < 0.6 ? nearest : null", "nearest"),
+        ("it plays though less motion is asked for", 'reduce)").matches) {', 'reduce)") === 0) {'),
+        ("the address does not choose the language", "Object.hasOwn(WORDS, asked) ? asked", 'asked === "" ? asked'),
+        ("colours stay when the scheme changes", "(palette.clear(), show())", "show()"),
+        ("a slider moves the other axis", "with(axis, Number(target.value))", "with(1 - axis, Number(target.value))"),
     ),
 }

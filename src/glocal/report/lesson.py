@@ -7,7 +7,8 @@ from markupsafe import Markup
 from glocal.report.lesson_words import CHOICES, WORDS
 from glocal.report.page import render
 
-SCRIPTS = ("lesson_maths.js", "lesson_drawing.js", "lesson.js")  # in the order in which they need each other
+# in the order in which they need each other
+SCRIPTS = ("lesson_maths.js", "lesson_drawing.js", "lesson.js", "lesson_controls.js")
 
 
 def lesson_page() -> str:
