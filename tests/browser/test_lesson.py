@@ -525,7 +525,7 @@ def test_dark(open_page):
 
 def test_everything_that_can_be_used_has_a_name(lesson):
     unnamed = lesson.evaluate(
-        "[...document.querySelectorAll('button, select, input, canvas, figure svg.chart, li svg.chart, a')].filter((e) =>"
+        "[...document.querySelectorAll('button, select, input, canvas, svg.chart, a')].filter((e) =>"
         " !(e.ariaLabel || e.textContent.trim() || e.closest('label')?.textContent.trim())).map((e) => e.outerHTML)"
     )
     assert not unnamed

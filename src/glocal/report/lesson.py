@@ -15,7 +15,7 @@ def lesson_page() -> str:
     """The page as one HTML file that needs nothing else, in English and Chinese; the reader chooses one.
 
     Source: Cordonnier et al., On the Relationship between Self-Attention and Convolutional Layers, ICLR 2020,
-    arXiv 1911.03584, theorem 1 and lemma 2.
+    arXiv 1911.03584, theorem 1 and equation 9.
     Differs from the paper: borders are places of an extended grid; even kernels, stride and dilation are shown, too.
     """
     folder = files("glocal.report")
