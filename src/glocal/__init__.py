@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from glocal.aggregation import aggregate as aggregate
     from glocal.aggregation import cat as cat
     from glocal.backbone import Backbone as Backbone
+    from glocal.conversion import compare_conversion as compare_conversion
+    from glocal.conversion import to_attention as to_attention
+    from glocal.conversion import to_convolution as to_convolution
     from glocal.inspection import inspect as inspect
     from glocal.mixer import Cache as Cache
     from glocal.mixer import TokenMixer as TokenMixer
@@ -34,11 +37,14 @@ _PUBLIC = {
     "available": "glocal.spec",
     "build": "glocal.spec",
     "cat": "glocal.aggregation",
+    "compare_conversion": "glocal.conversion",
     "create_model": "glocal.models",
     "inspect": "glocal.inspection",
     "list_models": "glocal.models",
     "mixers": None,
     "positions": None,
+    "to_attention": "glocal.conversion",
+    "to_convolution": "glocal.conversion",
 }
 
 __all__ = ["__version__", *_PUBLIC]

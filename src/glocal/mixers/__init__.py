@@ -33,6 +33,8 @@ from glocal.mixers.multi_scale_attention import MultiScaleAttention as MultiScal
 from glocal.mixers.multi_scale_conv import MultiScaleConv as MultiScaleConv
 from glocal.mixers.neighborhood_attention import NeighborhoodAttention as NeighborhoodAttention
 from glocal.mixers.outlook_attention import OutlookAttention as OutlookAttention
+from glocal.mixers.padded_learned_attention import PaddedLearnedAttention as PaddedLearnedAttention
+from glocal.mixers.padded_quadratic_attention import PaddedQuadraticAttention as PaddedQuadraticAttention
 from glocal.mixers.quadratic_attention import QuadraticAttention as QuadraticAttention
 from glocal.mixers.relative_attention import RelativeAttention as RelativeAttention
 from glocal.mixers.relative_position_attention import RelativePositionAttention as RelativePositionAttention

@@ -1,0 +1,182 @@
+"""Convolutions into attention: the theorem of Cordonnier et al., carried out."""
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from glocal.arguments import one_of
+from glocal.mixers import Convolution, DepthwiseConv, PaddedLearnedAttention, PaddedQuadraticAttention
+from glocal.mixers._grid import centre_padding
+from glocal.mixers._padded import PaddedAttention, heads_of_kernel
+from glocal.mixers.padded_quadratic_attention import positive_number
+from glocal.operator import Operator
+
+ENCODINGS: dict[str, Any] = {
+    "quadratic": PaddedQuadraticAttention,
+    "learned": PaddedLearnedAttention,
+}
+
+
+class ConvolutionAsAttention(nn.Module):
+    """A padded attention in the place of a convolution: x [B, C, *S] or [C, *S], as the convolution takes it.
+
+    `mixer` is the attention itself, on tokens [B, *S, C]. What comes out is laid out channels last in memory, as
+    convolutions of the library do with weights in that format: reshape it, don't view it.
+    """
+
+    def __init__(self, mixer: PaddedAttention) -> None:
+        super().__init__()
+        self.mixer = mixer
+
+    def forward(self, x: Tensor) -> Tensor:
+        alone = x.dim() == (self.mixer.rank or 0) + 1
+        out = self.mixer((x[None] if alone else x).movedim(1, -1)).movedim(-1, 1)
+        return out[0] if alone else out
+
+
+def exact_alpha(dtype: torch.dtype, encoding: str) -> float:
+    """The least alpha whose weights off the tap are all below rounding: e^-alpha < eps / 50; with learned scores, which
+    know no distance, summed over hundreds of places."""
+    return math.ceil(-math.log(torch.finfo(dtype).eps) + {"quadratic": 4, "learned": 10}[encoding])
+
+
+def to_attention(
+    convolution: nn.Module,
+    *,
+    encoding: str = "quadratic",
+    alpha: float | None = None,
+    layers: str | Sequence[str] = "*",
+) -> nn.Module:
+    """The same function as attention: of a convolution a layer in its place, of a network a new network.
+
+    Every tap of a kernel becomes a head, centred on the tap and sharp; its values are the tap's weights. All of it
+    trains on: centres and spreads (or score tables) besides the convolution's own weights.
+
+    Args:
+        convolution: a Conv1d or Conv2d of torch, a `Convolution` or `DepthwiseConv` of ours, or a network that holds
+            some; stays as it is. Batch norms are copied as they are. What is inside other operators of ours is theirs.
+        encoding: "quadratic", a centre and a spread for each head, or "learned", a table of scores for each axis.
+        alpha: how sharp: a place beside a head's own gets e^-alpha of its weight. By default what is exact to rounding
+            in the layer's dtype, 20 in float32 and 41 in float64 (26 and 47 with learned scores). The gradients of
+            centres and spreads are about e^-alpha: smaller ones, 1 to 4, let heads move and give up exactness.
+        layers: names of the convolutions to convert, as in `named_modules`; patterns such as "layer1.*" too.
+
+    Returns:
+        A `ConvolutionAsAttention`, for ours a mixer; or the network with these in their places.
+
+    Raises:
+        ValueError: a transposed, 3-D or lazy convolution, a subclass with a forward of its own, one with hooks, a
+            causal one: named, and may be left out by `layers`; nothing to convert.
+
+    Source: Cordonnier et al., On the Relationship between Self-Attention and Convolutional Layers, ICLR 2020,
+    arXiv 1911.03584, theorem 1.
+    Differs from the paper: borders, strides, groups, any kernel; see `PaddedQuadraticAttention`.
+    """
+    one_of("encoding", encoding, tuple(ENCODINGS))
+    if alpha is not None:
+        positive_number("alpha", alpha)
+    patterns = [layers] if isinstance(layers, str) else list(layers)
+    if is_convolution(convolution):
+        return _converted("", convolution, encoding, alpha)
+    found = [name for name, _ in _named(convolution, is_convolution)]
+    chosen = {name for name in found if any(fnmatchcase(name, pattern) for pattern in patterns)}
+    if not chosen:
+        some = f"it has {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}" if found else "it has none"
+        raise ValueError(f"layers: no convolution of this {type(convolution).__name__} matches {layers!r}; {some}")
+    return replaced(convolution, chosen, lambda name, part: _converted(name, part, encoding, alpha))
+
+
+def is_convolution(part: nn.Module) -> bool:
+    """Whether a module is a convolution, one that cannot be converted included."""
+    return isinstance(part, _ConvNd | Convolution | DepthwiseConv)
+
+
+def replaced(model: nn.Module, names: set[str], new: Callable[[str, nn.Module], nn.Module]) -> nn.Module:
+    """A copy of a network with new modules under some names; one that stands in several places is made once."""
+    made: dict[int, nn.Module] = {}
+    parts = dict(model.named_modules(remove_duplicate=False))
+    for name in names:
+        part = parts[name]
+        if id(part) not in made:
+            made[id(part)] = new(name, part).train(part.training)
+    return copy.deepcopy(model, dict(made))
+
+
+def _named(model: nn.Module, wanted: Callable[[nn.Module], bool], prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Modules of a network that are wanted, with their names; not those inside operators of ours."""
+    for name, part in model.named_children():
+        if wanted(part):
+            yield prefix + name, part
+        elif not isinstance(part, Operator):
+            yield from _named(part, wanted, f"{prefix}{name}.")
+
+
+def _converted(name: str, part: nn.Module, encoding: str, alpha: float | None) -> nn.Module:
+    if (why := _refusal(part)) is not None:
+        where = f"{name}: {type(part).__name__}" if name else type(part).__name__
+        raise ValueError(f"{where} {why}; leave it out by layers=")
+    own = isinstance(part, Operator)
+    mixer = _attention(part, encoding, alpha)
+    return mixer if own else ConvolutionAsAttention(mixer)
+
+
+def _refusal(part: nn.Module) -> str | None:
+    """Why a convolution cannot be converted."""
+    if isinstance(part, Operator):
+        return "is causal and remembers what it has seen, which attention to places does not" if _causal(part) else None
+    if isinstance(part, LazyModuleMixin) and part.has_uninitialized_params():
+        return "is lazy and has no weights yet: run a batch through it first"
+    if isinstance(part, _ConvTransposeNd):
+        return "is transposed: its taps spread a source over queries, no query attends to places"
+    if not isinstance(part, nn.Conv1d | nn.Conv2d):
+        return "is no convolution of sequences or images"
+    kind = nn.Conv1d if isinstance(part, nn.Conv1d) else nn.Conv2d
+    if type(part).forward is not kind.forward or type(part)._conv_forward is not kind._conv_forward:
+        return "computes in a way of its own"
+    if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks:
+        return "has hooks, which would be lost: remove them first"
+    if not part.weight.is_floating_point():
+        return f"has weights of {part.weight.dtype}"
+    return None
+
+
+def _causal(part: nn.Module) -> bool:
+    return bool(getattr(part, "causal", False))
+
+
+def _attention(part: Any, encoding: str, alpha: float | None) -> PaddedAttention:
+    """The mixer of a convolution of torch's or of ours, which have the same parameters."""
+    weight, bias = part.weight, part.bias
+    rank = weight.dim() - 2
+    kernel = tuple(weight.shape[2:])
+    groups = weight.shape[0] if isinstance(part, DepthwiseConv) else part.groups
+    own = isinstance(part, Operator)
+    kind = ENCODINGS[encoding]
+    mixer: Any = kind(
+        weight.shape[1] * groups,
+        kernel_size=kernel,
+        out_dim=weight.shape[0],
+        stride=part.stride,
+        padding=centre_padding(kernel, part.dilation) if own else part.padding,
+        dilation=part.dilation,
+        groups=groups,
+        padding_mode="zeros" if own else part.padding_mode,
+        alpha=exact_alpha(weight.dtype, encoding) if alpha is None else alpha,
+        bias=bias is not None,
+        rank=rank,
+    )
+    mixer = mixer.to(device=weight.device, dtype=weight.dtype)
+    with torch.no_grad():
+        mixer.value.copy_(heads_of_kernel(weight, groups))
+        mixer.value.requires_grad_(weight.requires_grad)
+        if bias is not None:
+            mixer.bias.copy_(bias)
+            mixer.bias.requires_grad_(bias.requires_grad)
+    return mixer
