@@ -14,7 +14,6 @@ from .padded_loop import CASES, MODES, by_loop, spec_of
 
 DIM = 4
 NAME = "PaddedQuadraticAttention"
-BOTH = ("mixers/test_padded_quadratic_attention.py", "mixers/test_padded_learned_attention.py")
 
 
 def loop_of(mixer, kernel, stride, dilation, padding, groups, mode):
@@ -271,7 +270,7 @@ FAULTS = {
         ("places between tokens count as on them", "(1 - 2 * abs(centre - nearest))", "* 1"),
         ("padding is seen as any place", "self._over_places(x, valid, queries)", "self._over_places(x, None, queries)"),
     ),
-    ("mixers/_padded.py", *BOTH): (
+    ("mixers/_padded.py", "mixers/test_padded_quadratic_attention.py", "mixers/test_padded_learned_attention.py"): (
         ("reflection repeats the ends", "(2 * length - 2).clamp(min=1)", "(2 * length).clamp(min=1)"),
         ("the place behind the end is inside", "place < own + self._sides", "place <= own + self._sides"),
         ("axes are strided alike", "device=device) * self._strides[axis]", "device=device) * self._strides[0]"),
@@ -290,7 +289,7 @@ FAULTS = {
         ("what the padding reads is added to ones", "weights.new_zeros(*weights", "weights.new_ones(*weights"),
         ("sharp heads are mixed as any", "found.append([offset + front for offset in offsets])", "return None"),
     ),
-    ("mixers/_separable.py", *BOTH): (
+    ("mixers/_separable.py", "mixers/test_padded_quadratic_attention.py", "mixers/test_padded_learned_attention.py"): (
         ("the last queries are left out", "- max(step for _, step in steps)", "- 2 * max(step for _, step in steps)"),
         ("all phases are the first", "phase[0] :: stride[0], phase[1] ::", ":: stride[0], ::"),
         ("rows step as columns", "(down // stride[0]) * width + right", "(down // stride[0]) * height + right"),

@@ -84,7 +84,7 @@ def to_attention(
         positive_number("alpha", alpha)
     patterns = [layers] if isinstance(layers, str) else list(layers)
     if is_convolution(convolution):
-        return _converted("", convolution, encoding, alpha)
+        return _converted("", convolution, encoding, alpha).train(convolution.training)
     found = [name for name, _ in _named(convolution, is_convolution)]
     chosen = {name for name in found if any(fnmatchcase(name, pattern) for pattern in patterns)}
     if not chosen:

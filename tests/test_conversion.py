@@ -1,0 +1,414 @@
+"""Convolutions converted to attention against the convolutions themselves, and taken back."""
+
+import copy
+import re
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+from torch.nn import functional as F
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import glocal
+from glocal.mixers import Convolution, DepthwiseConv, PaddedLearnedAttention, PaddedQuadraticAttention
+
+FAULTS = {
+    "conversion/attention.py": (
+        ("float32 is sharp enough for all types", "torch.finfo(dtype).eps", "torch.finfo(torch.float32).eps"),
+        ("the padding's kind is lost", '"zeros" if own else part.padding_mode', '"zeros"'),
+        ("frozen weights learn", "mixer.value.requires_grad_(weight.requires_grad)", "pass"),
+        ("dilation is lost", "dilation=part.dilation,", "dilation=1,"),
+        ("a shared convolution becomes two", "if id(part) not in made:", "made = dict(made)\n        if True:"),
+        ("the network itself is changed", "return copy.deepcopy(model, dict(made))", "return _within(model, made)"),
+        ("an own forward is passed over", "if type(part).forward is not kind.forward or", "if"),
+        ("parts of other operators are converted", "elif not isinstance(part, Operator):", "else:"),
+        ("single images lose an axis", "return out[0] if alone else out", "return out"),
+        ("new layers are in training", ".train(part.training)\n    return copy", "\n    return copy"),
+        ("patterns are taken for names", "fnmatchcase(name, pattern)", "name == pattern"),
+    ),
+    "conversion/convolution.py": (
+        ("heads on one tap replace each other", ".index_add_(0,", ".index_copy_(0,"),
+        ("heads are taken in their order", "taps[name], missed = _taps(_mixer(part), tolerance)",
+         "taps[name], missed = _taps(_mixer(part), tolerance)\n        taps[name] = list(range(len(taps[name])))"),
+        ("any share passes", "elif not share <= tolerance:", "elif False:"),
+        ("only the last axis counts", "kept = kept * most.cpu()", "kept = most.cpu()"),
+        ("places off the kernel pass", "if place not in order:", "if False:"),
+        ("bias is lost", "made.bias.copy_(mixer.bias)", "pass"),
+        ("layers in networks become ours", "_of_torch(mixer, weight) if isinstance", "_of_ours(mixer) if isinstance"),
+    ),
+    "conversion/table.py": (
+        ("errors are absolute", " / expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)", ""),
+        ("layers are compared on another input", "relative_error(new.eval()(x)", "relative_error(new.eval()(x + 1)"),
+        ("the last call of a layer hides the others", "max(error, found[name].error) if name in found else error",
+         "error"),
+        ("hooks stay", "hook.remove()", "pass"),
+        ("multiply-adds are of the input's grid", "mixer.out_grid(grid)).numel()", "grid).numel()"),
+    ),
+}  # fmt: skip
+
+KERNELS = [
+    (nn.Conv1d, {"kernel_size": 1}),
+    (nn.Conv1d, {"kernel_size": 4, "stride": 3, "padding": 2}),
+    (nn.Conv1d, {"kernel_size": 3, "dilation": 4, "padding": "same", "groups": 2}),
+    (nn.Conv2d, {"kernel_size": 3, "padding": 1, "groups": 4}),
+    (nn.Conv2d, {"kernel_size": (2, 5), "stride": (1, 2), "padding": (0, 3), "dilation": (3, 1)}),
+    (nn.Conv2d, {"kernel_size": 7, "stride": 2, "padding": 3, "bias": False}),
+    (nn.Conv2d, {"kernel_size": 3, "padding": "valid"}),
+]
+
+
+class NoConvolution(TorchDispatchMode):
+    """Every convolution of the library raises, backward ones and those of its parts included."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert "conv" not in function.name(), function.name()
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def no_convolution(monkeypatch):
+    def called(*args, **kwargs):
+        raise AssertionError("a convolution is called")
+
+    for module in (F, torch):
+        for name in ("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "unfold"):
+            if name != "unfold" and hasattr(module, name):
+                monkeypatch.setattr(module, name, called)
+    with NoConvolution():
+        yield
+
+
+def relative(found, expected):
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def grid_of(kind):
+    return (17,) if kind is nn.Conv1d else (15, 18)
+
+
+@pytest.mark.parametrize("encoding", ["quadratic", "learned"])
+@pytest.mark.parametrize("mode", ["zeros", "replicate", "reflect", "circular"])
+@pytest.mark.parametrize(("kind", "options"), KERNELS)
+def test_a_layer_is_the_convolution(kind, options, mode, encoding):
+    for dtype, allowed in ((torch.float64, 1e-14), (torch.float32, 3e-6)):
+        layer = kind(4, 8, **options, padding_mode=mode, dtype=dtype)
+        before = copy.deepcopy(layer.state_dict())
+        found = glocal.to_attention(layer, encoding=encoding)
+        x = torch.randn(3, 4, *grid_of(kind), dtype=dtype)
+        expected = layer(x)
+        for out in (found(x), found(x[0])[None]):
+            assert out.dtype == dtype
+            assert relative(out, expected[: len(out)]) < allowed
+        with torch.no_grad():
+            assert relative(found(x), expected) < allowed
+            assert relative(found(x[1]), layer(x[1])) < allowed and found(x[1]).shape == layer(x[1]).shape
+        assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+        rows = found.mixer.weights(x.movedim(1, -1)).weights.sum(-1)
+        assert_close(rows, torch.ones_like(rows))
+
+
+def test_parameters_are_the_convolutions_and_three_for_each_head():
+    for groups in (1, 4, 8):
+        layer = nn.Conv2d(8, 16, (3, 5), groups=groups)
+        mixer = glocal.to_attention(layer).mixer
+        own = sum(p.numel() for p in layer.parameters())
+        assert isinstance(mixer, PaddedQuadraticAttention) and mixer.num_heads == 15
+        assert sum(p.numel() for p in mixer.parameters()) == own + 15 * 3
+        assert mixer.centers.shape == (15, 2) and mixer.spreads.shape == (15,)
+    layer = nn.Conv1d(8, 8, 3, padding=1, dilation=2)
+    mixer = glocal.to_attention(layer).mixer
+    assert sum(p.numel() for p in mixer.parameters()) == 8 * 8 * 3 + 8 + 3 * 2
+    assert mixer.centers.tolist() == [[-1.0], [1.0], [3.0]]  # tap * dilation - padding
+
+
+@pytest.mark.parametrize("encoding", ["quadratic", "learned"])
+@pytest.mark.parametrize("alpha", [None, 3.0])
+def test_no_convolution_is_called(no_convolution, encoding, alpha):
+    """Forward and backward, on the taps and off them."""
+    with torch.random.fork_rng():
+        net = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1))
+    found = glocal.to_attention(net, encoding=encoding, alpha=alpha)
+    assert not any(isinstance(part, nn.Conv2d) for part in found.modules())
+    x = torch.randn(2, 3, 12, 13, requires_grad=True)
+    found(x).sum().backward()
+    assert x.grad.abs().max() > 0
+    with torch.no_grad():
+        found(x)
+    with pytest.raises(AssertionError):
+        net(x)
+
+
+def test_alpha_is_as_large_as_exactness_needs():
+    """Half of it shows in the output."""
+    for dtype, encoding, expected in (
+        (torch.float32, "quadratic", 20),
+        (torch.float64, "quadratic", 41),
+        (torch.float32, "learned", 26),
+        (torch.bfloat16, "quadratic", 9),
+    ):
+        layer = nn.Conv2d(8, 8, 3, padding=1, dtype=dtype)
+        assert glocal.to_attention(layer, encoding=encoding).mixer.alpha == expected
+        exact, x = copy.deepcopy(layer).double(), torch.randn(1, 8, 30, 30, dtype=torch.float64)
+        rounding = 4 * torch.finfo(dtype).eps
+        sharp, blurred = (glocal.to_attention(exact, encoding=encoding, alpha=a) for a in (expected, expected / 2))
+        assert relative(sharp(x), exact(x)) < rounding < relative(blurred(x), exact(x))
+
+
+def randomised(net):
+    for part in net.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.running_mean.normal_(std=0.3)
+            part.running_var.uniform_(0.5, 1.5)
+    return net.eval()
+
+
+NETWORKS = {
+    "resnet18": lambda: torchvision.models.resnet18(num_classes=10),
+    "mobilenet_v2": lambda: torchvision.models.mobilenet_v2(num_classes=10, width_mult=0.35),
+    "convnext_atto": lambda: timm.create_model("convnext_atto", num_classes=10),
+    "efficientnet_lite0": lambda: timm.create_model("efficientnet_lite0", num_classes=10),
+    "ours": lambda: glocal.Backbone("C-Convolution()-DepthwiseConv()-T", in_chans=3, num_classes=10, img_size=(64, 72)),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_gives_the_same_and_trains_on(name):
+    net = randomised(NETWORKS[name]())
+    before = copy.deepcopy(net.state_dict())
+    for dtype, allowed in ((torch.float32, 1e-4), (torch.float64, 1e-9)):
+        net = net.to(dtype)
+        found = glocal.to_attention(net)
+        x = torch.randn(2, 3, 64, 72, dtype=dtype)
+        with torch.no_grad():
+            expected = net(x)
+            assert relative(found(x), expected) < allowed
+        assert relative(found(x), expected) < allowed
+        report = glocal.compare_conversion(net, found, x)
+        assert len(report.layers) == sum(isinstance(p, nn.Conv2d | DepthwiseConv | Convolution) for p in net.modules())
+        assert max(report.error, *(layer.error for layer in report.layers)) < allowed
+    assert all(torch.equal(value.to(before[key].dtype), before[key]) for key, value in net.state_dict().items())
+    back = glocal.to_convolution(found)
+    assert repr(back) == repr(net)
+    assert list(back.state_dict()) == list(net.state_dict())
+    assert all(torch.equal(value, net.state_dict()[key]) for key, value in back.state_dict().items())
+
+    moving = glocal.to_attention(net.float(), alpha=2.0).train()
+    loss = F.cross_entropy(moving(x.float()), torch.tensor([1, 2]))
+    loss.backward()
+    learned = {key: p.grad for key, p in moving.named_parameters() if key.endswith(("centers", "spreads", "value"))}
+    still = [key for key, grad in learned.items() if not grad.any()]
+    assert len(learned) == 3 * len(report.layers)
+    # where a batch norm or the mean over the grid follows, or the grid is one place, nothing depends on some of them
+    assert len(still) < len(learned) / 4, still
+
+
+def test_chosen_layers_only():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1)), nn.Conv2d(4, 4, 1))
+    for layers, expected in (("1.*", {"1.0", "1.1"}), (["0", "1.1"], {"0", "1.1"}), ("*", {"0", "1.0", "1.1", "2"})):
+        found = glocal.to_attention(net, layers=layers)
+        done = {name.removesuffix(".mixer") for name, part in found.named_modules() if name.endswith(".mixer")}
+        assert done == expected
+    with pytest.raises(ValueError, match=r"layers: no convolution of this Sequential matches 'stem'; it has 0, 1.0"):
+        glocal.to_attention(net, layers="stem")
+    with pytest.raises(ValueError, match=r"no convolution of this Linear matches .*; it has none"):
+        glocal.to_attention(nn.Linear(3, 3))
+
+
+def test_what_networks_share_or_freeze_stays_so():
+    conv = nn.Conv2d(4, 4, 3, padding=1).requires_grad_(False).eval()
+    net = nn.ModuleDict({"a": conv, "b": nn.Sequential(conv, nn.BatchNorm2d(4))}).train()
+    conv.eval()
+    found = glocal.to_attention(net)
+    assert found["a"] is found["b"][0] and net["a"] is conv
+    assert not found["a"].training and found["b"][1].training
+    assert not found["a"].mixer.value.requires_grad and found["a"].mixer.centers.requires_grad
+    back = glocal.to_convolution(found)
+    assert back["a"] is back["b"][0] and not back["a"].weight.requires_grad and not back["a"].training
+
+
+def test_parts_of_other_operators_are_theirs():
+    net = nn.Sequential(glocal.build("LargeKernelConv()", 8), glocal.build("Convolution()", 8))
+    found = glocal.to_attention(net)
+    assert repr(found[0]) == repr(net[0]) and isinstance(found[1], PaddedQuadraticAttention)
+    x = torch.randn(1, 6, 6, 8)
+    assert relative(found(x), net(x)) < 1e-5
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+
+class Named(nn.Conv2d):
+    """A name, and nothing else."""
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        (lambda: nn.ConvTranspose2d(3, 3, 2), "ConvTranspose2d is transposed"),
+        (lambda: nn.Conv3d(3, 3, 2), "Conv3d is no convolution of sequences or images"),
+        (lambda: nn.LazyConv2d(3, 2), "LazyConv2d is lazy and has no weights yet"),
+        (lambda: Standardised(3, 3, 2), "Standardised computes in a way of its own"),
+        (lambda: timm.layers.StdConv2d(3, 3, 2), "StdConv2d computes in a way of its own"),
+        (lambda: timm.layers.Conv2dSame(3, 3, 2), "Conv2dSame computes in a way of its own"),
+        (lambda: nn.Conv2d(3, 3, 2, dtype=torch.complex64), "has weights of torch.complex64"),
+        (lambda: glocal.build("DepthwiseConv(causal=True, rank=1)", 3), "DepthwiseConv is causal"),
+    ],
+)
+def test_what_cannot_be_converted_is_refused_by_name(part, words):
+    with pytest.raises(ValueError, match=words):
+        glocal.to_attention(part())
+    net = nn.Sequential(nn.Conv2d(3, 3, 1), part())
+    with pytest.raises(ValueError, match=f"^1: {'Conv2d' if words[:3] == 'has' else words.split()[0]} .*leave it out"):
+        glocal.to_attention(net)
+    assert type(glocal.to_attention(net, layers="0")[1]) is type(net[1])
+
+
+def test_hooks_are_not_lost():
+    conv = nn.Conv2d(3, 3, 1)
+    conv.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="has hooks"):
+        glocal.to_attention(conv)
+
+
+def test_subclasses_that_compute_as_their_class_does_are_converted():
+    lazy = nn.LazyConv2d(4, 3)
+    x = torch.randn(2, 3, 6, 6)
+    lazy(x)
+    normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))
+    for layer in (lazy, Named(3, 4, 3), normed):
+        assert relative(glocal.to_attention(layer)(x), layer(x)) < 1e-5
+
+
+@pytest.mark.parametrize(("arguments", "words"), [({"encoding": "linear"}, "encoding"), ({"alpha": -1}, "alpha")])
+def test_wrong_arguments_are_refused(arguments, words):
+    with pytest.raises(ValueError, match=f"^{words}: "):
+        glocal.to_attention(nn.Conv2d(3, 3, 1), **arguments)
+
+
+# Back.
+
+
+@pytest.mark.parametrize("encoding", ["quadratic", "learned"])
+@pytest.mark.parametrize(("kind", "options"), KERNELS)
+def test_a_layer_comes_back_bit_by_bit(kind, options, encoding):
+    for mode in ("zeros", "reflect"):
+        layer = kind(4, 8, **options, padding_mode=mode).eval()
+        back = glocal.to_convolution(glocal.to_attention(layer, encoding=encoding))
+        assert repr(back) == repr(layer) and not back.training
+        assert all(torch.equal(value, back.state_dict()[name]) for name, value in layer.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "spec", ["Convolution(kernel_size=(3, 5), groups=2, stride=2)", "DepthwiseConv(dilation=2, bias=False)"]
+)
+def test_ours_come_back_as_ours(spec):
+    mixer = glocal.build(spec, 8)
+    found = glocal.to_attention(mixer)
+    assert isinstance(found, PaddedQuadraticAttention)
+    x = torch.randn(1, 9, 12, 8)
+    assert relative(found(x), mixer(x)) < 1e-5
+    back = glocal.to_convolution(found)
+    assert repr(back) == repr(mixer) and torch.equal(back.weight, mixer.weight)
+    with pytest.raises(ValueError, match="no convolution of ours"):
+        glocal.to_convolution(glocal.build("PaddedQuadraticAttention(kernel_size=2, alpha=20.0)", 8))
+
+
+def test_heads_may_change_places():
+    layer = nn.Conv2d(4, 6, 3, padding=1, groups=2).double()
+    found = glocal.to_attention(layer)
+    mixer, x = found.mixer, torch.randn(2, 4, 7, 8, dtype=torch.float64)
+    with torch.no_grad():
+        order = torch.randperm(9)
+        mixer.centers.copy_(mixer.centers[order])
+        mixer.centers[2] = mixer.centers[5]  # two on one tap, none on another
+        mixer.centers += 1e-4 * torch.randn_like(mixer.centers)
+        mixer.spreads[:4] *= 1.5
+        back = glocal.to_convolution(found)
+        assert relative(back(x), found(x)) < 1e-12
+        assert (back.weight.flatten(2).abs().sum((0, 1)) == 0).sum() == 1
+
+
+def test_heads_off_their_taps_are_named():
+    net = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.Conv1d(2, 2, 5))
+    found = glocal.to_attention(net, alpha=8.0)
+    with pytest.raises(ValueError, match=r"0: head 0 gives 0.0013 of its weight to places beside its tap \(-1, -1\)"):
+        glocal.to_convolution(found)
+    assert glocal.to_convolution(found, tolerance=0.002)
+    with torch.no_grad():
+        found[0].mixer.centers[4, 1] += 0.3
+    share = 2 * 2.718281828459045**-8.0  # beside the tap along the other axis
+    moved = [2.718281828459045 ** (-8 * (n - 0.3) ** 2) for n in range(-3, 4)]
+    expected = 1 - (1 - share) * moved[3] / sum(moved)
+    with pytest.raises(ValueError, match=r"tolerance, 0.002") as said:
+        glocal.to_convolution(found, tolerance=0.002)
+    name, head, given = re.match(r"(\d): head (\d) gives (\S+) of", str(said.value)).groups()
+    assert (name, head) == ("0", "4") and float(given) == pytest.approx(expected, rel=0.05)
+    assert "(centre 0, 0.3; spread 4)" in str(said.value)
+    with torch.no_grad():
+        found[0].mixer.centers[4, 1] = 3.0
+        found[1].mixer.centers[0] = -1.0
+    with pytest.raises(ValueError, match=r"0: head 4 sits at \(0, 3\), which is no tap .*1: head 0 sits at \(-1,\)"):
+        glocal.to_convolution(found, tolerance=0.002)
+    with pytest.raises(ValueError, match="holds none"):
+        glocal.to_convolution(net)
+
+
+def test_learned_heads_off_their_taps_are_named():
+    found = glocal.to_attention(nn.Conv2d(2, 2, 3, padding=1), encoding="learned")
+    assert isinstance(found.mixer, PaddedLearnedAttention)
+    with torch.no_grad():
+        found.mixer.tables[1][3] = 0.0
+    with pytest.raises(ValueError, match=r"^head 3 (sits|gives)"):
+        glocal.to_convolution(found)
+
+
+# The table.
+
+
+def test_the_table_says_what_was_done():
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 5, groups=8, padding=2, bias=False), nn.Conv2d(8, 4, 1)
+    )
+    found, x = glocal.to_attention(net, alpha=3.0), torch.randn(2, 3, 15, 20)
+    report = glocal.compare_conversion(net, found, x)
+    assert [(a.name, a.heads) for a in report.layers] == [("0", 9), ("1", 25), ("2", 1)]
+    with FlopCounterMode(display=False) as counter:
+        net(x[:1])
+    assert sum(a.macs_before for a in report.layers) == counter.get_total_flops() // 2
+    with torch.no_grad():
+        for part in found:
+            part.mixer.centers += 0.1 * torch.rand_like(part.mixer.centers)
+    with FlopCounterMode(display=False) as counter:
+        found(x[:1])
+    products = [a.macs for a in report.layers]
+    products[1] -= 8 * 10 * 25 * 8  # depthwise values are no matrix products
+    assert sum(products) == counter.get_total_flops() // 2
+    assert [a.params for a in report.layers] == [224 + 27, 200 + 75, 36 + 3]
+    assert report.params_before == 224 + 200 + 36 and report.params == report.params_before + 105
+    text = str(report)
+    assert "3 -> 8, 3x3, stride 2" in text and "8 -> 8, 5x5, depthwise" in text and len(text.splitlines()) == 6
+
+    moved = glocal.compare_conversion(net, found, x)
+    for layer, (conv, attention) in zip(moved.layers, zip(net, found, strict=True), strict=True):
+        given = net[: int(layer.name)](x)
+        assert layer.error == pytest.approx(relative(attention(given), conv(given)), rel=1e-3) and layer.error > 1e-3
+    assert moved.error == pytest.approx(relative(found(x), net(x)), rel=1e-3)
+    assert not any(part._forward_hooks for part in net) and net.training
+    with pytest.raises(ValueError, match="after: holds no attention where this Sequential has a convolution"):
+        glocal.compare_conversion(net, net, x)
+
+
+def test_a_layer_that_runs_twice_has_its_largest_error():
+    conv = nn.Conv2d(2, 2, 3, padding=1)
+    net = nn.Sequential(conv, nn.Threshold(100.0, 0.0), conv)  # the second time it sees zeros
+    found = glocal.to_attention(net, alpha=3.0)
+    with torch.no_grad():
+        found[0].mixer.centers += 0.3
+    report = glocal.compare_conversion(net, found, torch.randn(1, 2, 9, 9))
+    assert [a.name for a in report.layers] == ["0"] and report.layers[0].error > 0.1
