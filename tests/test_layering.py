@@ -39,7 +39,7 @@ BELOW = {
     "data": [],
     "statistics": [],
     "report": [],
-    "tasks": ["models", "checkpoint", "config"],
+    "tasks": ["models", "conversion", "checkpoint", "config"],
     "runs": ["checkpoint", "config", "data", "plain"],
     "training": ["tasks", "analysis", "runs"],
     "progress": ["runs"],

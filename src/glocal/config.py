@@ -90,9 +90,23 @@ class ModelConfig:
     positions: bool = True
     """Whether operators know relative positions."""
 
+    convert: Literal["quadratic", "learned"] | None = None
+    """Turn convolutions into attention that computes the same and learns on: heads with centres and spreads
+    (quadratic), or with tables of scores (learned)."""
+
+    convert_layers: tuple[str, ...] | None = None
+    """Names of the convolutions to turn into attention, or patterns such as 'stages.0.*'; by default all."""
+
+    convert_alpha: float | None = None
+    """How sharp these heads are; by default so that rounding is all that changes. 1 to 4 lets them move."""
+
     def __post_init__(self) -> None:
+        if self.convert is None:
+            for unused in (name for name in ("convert_layers", "convert_alpha") if getattr(self, name) is not None):
+                raise ValueError(f"{unused}: nothing is converted; give convert too, or leave it out")
+        _hold(self, ("convert_alpha",), lambda alpha: alpha is None or 0 < alpha < math.inf, "above 0")
         if self.model is not None:
-            own = (f for f in dataclasses.fields(self) if f.name != "model")
+            own = (f for f in dataclasses.fields(self) if f.name != "model" and not f.name.startswith("convert"))
             for unused in (f.name for f in own if getattr(self, f.name) != f.default):
                 raise ValueError(f"{unused}: {self.model!r} is a whole network, which has none; leave it out")
         _hold(self, ("mlp_ratio",), lambda ratio: 0 < ratio < math.inf, "above 0")
@@ -102,7 +116,8 @@ class ModelConfig:
     @property
     def name(self) -> str:
         """What tables call it."""
-        return self.model or self.layout
+        name = self.model or self.layout
+        return name if self.convert is None else f"{name} as attention"
 
 
 @dataclass(frozen=True)
@@ -231,6 +246,37 @@ class PredictCommand:
 
     json: bool = False
     """Print JSON, with the probability of every class."""
+
+
+@dataclass(frozen=True)
+class ConvertCommand:
+    """Turns the convolutions of a network into attention that computes the same, or such attention back, and says for
+    each layer what it became. What is written is a run to evaluate and predict with, and to train on:
+    `glocal train --config OUT/config.yaml`."""
+
+    network: tyro.conf.Positional[str]
+    """The folder of a run, its weights.safetensors, or 'timm:NAME'."""
+
+    out: Path = Path("glocal-converted")
+    """Folder for weights.safetensors and config.yaml."""
+
+    encoding: Literal["quadratic", "learned"] = "quadratic"
+    """Heads with a centre and a spread (quadratic), or with tables of scores (learned)."""
+
+    alpha: float | None = None
+    """How sharp heads are; by default so that rounding is all that changes. 1 to 4 lets them move in training."""
+
+    layers: tuple[str, ...] | None = None
+    """Names of the convolutions to convert, or patterns such as 'layer1.*'; by default all."""
+
+    back: bool = False
+    """The other way: attention whose heads sit on their taps into convolutions."""
+
+    pretrained: bool = False
+    """Take timm's trained weights for 'timm:NAME'."""
+
+    json: bool = False
+    """Print JSON."""
 
 
 @dataclass(frozen=True)

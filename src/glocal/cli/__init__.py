@@ -32,6 +32,7 @@ _COMMANDS = {
     "evaluate": ("test a trained network", "runs", "evaluate"),
     "predict": ("say what a trained network sees in images", "runs", "predict"),
     "recall": ("how far apart two tokens of a sequence may be, for each operator", "runs", "recall"),
+    "convert": ("turn convolutions into attention that computes the same, or back", "conversion", "convert"),
     "check-data": ("say what a data set holds, and what is wrong with it", "runs", "check_data"),
     "list": ("all operators: the weights they store, and what they connect and share", "listing", "list"),
     "check-operator": ("whether an operator, yours or ours, keeps its promises", "operators", "check_operator"),

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from glocal.backbone import Backbone
 from glocal.checkpoint import CheckpointError, load_weights
 from glocal.config import ModelConfig, TrainConfig
+from glocal.conversion import to_attention
 from glocal.models import create_model, list_models
 from glocal.spec import build, nearest
 
@@ -41,6 +42,12 @@ def build_model(
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             return build_model(config, in_chans=in_chans, num_classes=num_classes, img_size=img_size)
+    if config.convert is not None:
+        plain = replace(config, convert=None, convert_layers=None, convert_alpha=None)
+        model = build_model(plain, in_chans=in_chans, num_classes=num_classes, img_size=img_size)
+        return to_attention(
+            model, encoding=config.convert, layers=config.convert_layers or "*", alpha=config.convert_alpha
+        )
     made_for: dict[str, Any] = {"in_chans": in_chans, "num_classes": num_classes, "img_size": img_size}
     if config.model is None:
         return Backbone(
