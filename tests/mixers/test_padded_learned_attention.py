@@ -18,7 +18,7 @@ FAULTS = (
     ("tables have no gradient", "precise(self.tables[axis])", "precise(self.tables[axis].detach())"),
     ("all axes read the first table", "precise(self.tables[axis])", "precise(self.tables[0])"),
     ("what is far counts once", "places * (shares[0]", "0 * (shares[0]"),
-    ("heads that read everything read the end", "own in (0, len(scores) - 1) or not", "not"),
+    ("what is within the kernel counts once less", "sum(shares[1:-1]) - 1 +", "sum(shares[1:-1]) - 2 +"),
     ("padding is seen as any place", "self._over_places(x, valid, queries)", "self._over_places(x, None, queries)"),
 )
 

@@ -104,7 +104,7 @@ class PaddedLearnedAttention(PaddedAttention):
             shares = [math.exp(score - scores[own]) for score in scores]
             # the two ends stand for every place further away
             elsewhere = sum(shares[1:-1]) - 1 + places * (shares[0] + shares[-1])
-            if own in (0, len(scores) - 1) or not elsewhere < rounding:
+            if not elsewhere < rounding:
                 return None
             found.append(own + self._lowest(axis))
         return found
