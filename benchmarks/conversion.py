@@ -74,9 +74,9 @@ def alpha_table() -> list[str]:
     """A row for each alpha: what it costs in exactness, and what it leaves of the gradients of centres and spreads."""
     lines = [
         "\n## Alpha\n",
-        "A 3x3 layer of 16 channels on 24 x 24 random inputs, quadratic, with random gradients of the output. The norms "
-        "of the gradients of centres and spreads are over that of the values'.\n",
-        "| alpha | weight of a place beside | error, float64 | float32 | centres, float64 | float32 | spreads, float64 |",
+        "A 3x3 layer of 16 channels on 24 x 24 random inputs, quadratic, with random gradients of the output. The "
+        "norms of the gradients of centres and spreads are over that of the values'.\n",
+        "| alpha | weight beside | error, float64 | float32 | centres, float64 | float32 | spreads, float64 |",
         "|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for alpha in (1, 2, 4, 6, 8, 10, 14, 20, 30, 41):

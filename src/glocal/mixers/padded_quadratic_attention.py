@@ -58,8 +58,8 @@ class PaddedQuadraticAttention(PaddedAttention):
 
     undecayed = ("centers", "spreads")
     examples = (
-        "PaddedQuadraticAttention(padding=1)",
-        "PaddedQuadraticAttention(kernel_size=(2, 3), out_dim=48, stride=2, padding=1, groups=4, alpha=1.0)",
+        "PaddedQuadraticAttention(padding=1, alpha=0.5)",
+        "PaddedQuadraticAttention(kernel_size=(2, 3), out_dim=48, stride=2, padding=1, groups=4)",
         "PaddedQuadraticAttention(dilation=2, padding='same', groups=32, padding_mode='reflect', axis_spreads=True)",
         "PaddedQuadraticAttention(kernel_size=4, padding=2, padding_mode='circular', bias=False, rank=1)",
     )
