@@ -188,7 +188,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="Using padding='same' with even kernel lengths")
     flags = "".join(f" --{name}" for name in ("networks", "times") if getattr(given, name))
     times = times_table(given.rounds) if given.times else []
-    lines = [HEAD.format(flags=flags, torch=torch.__version__), *layers_table(), *alpha_table()]
+    lines = [HEAD.format(flags=flags, torch=torch.__version__.partition("+")[0]), *layers_table(), *alpha_table()]
     lines += networks_table() if given.networks else []
     given.out.write_text("\n".join([*lines, *times]) + "\n", "utf-8")
 

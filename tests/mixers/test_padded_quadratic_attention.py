@@ -267,7 +267,7 @@ FAULTS = {
         ("the first axis' spread is that of all", "self.spreads[:, axis] if", "self.spreads[:, 0] if"),
         ("centres have no gradient", "stack([self.centers[:, axis],", "stack([self.centers.detach()[:, axis],"),
         ("any spread counts as sharp", "if not 4 * math.exp(-max(least, 0.0)) < rounding", "if False"),
-        ("places between tokens count as on them", "(1 - 2 * abs(centre - nearest))", "* 1"),
+        ("places between tokens count as on them", "(1 - 2 * abs(centre - nearest))", "1"),
         ("padding is seen as any place", "self._over_places(x, valid, queries)", "self._over_places(x, None, queries)"),
     ),
     ("mixers/_padded.py", "mixers/test_padded_quadratic_attention.py", "mixers/test_padded_learned_attention.py"): (
@@ -285,7 +285,7 @@ FAULTS = {
             "in (torch.float32, torch.float64)",
             "in (torch.float32, torch.float64, torch.bfloat16)",
         ),
-        ("weights are made in their own precision", "torch.float32 if like.device", "scores.dtype if like.device"),
+        ("weights are made in their own precision", "else torch.float64).to(", "else scores.dtype).to("),
         ("what the padding reads is added to ones", "weights.new_zeros(*weights", "weights.new_ones(*weights"),
         ("sharp heads are mixed as any", "found.append([offset + front for offset in offsets])", "return None"),
     ),
