@@ -169,7 +169,6 @@ NETWORKS = {
     "resnet18": lambda: torchvision.models.resnet18(num_classes=10),
     "mobilenet_v2": lambda: torchvision.models.mobilenet_v2(num_classes=10, width_mult=0.35),
     "convnext_atto": lambda: timm.create_model("convnext_atto", num_classes=10),
-    "efficientnet_lite0": lambda: timm.create_model("efficientnet_lite0", num_classes=10),
     "ours": lambda: glocal.Backbone("C-Convolution()-DepthwiseConv()-T", in_chans=3, num_classes=10, img_size=(64, 72)),
 }
 
