@@ -14,3 +14,13 @@ def test_what_makes_no_sense_is_refused_in_a_program_too():
 
 def test_the_name_of_a_network():
     assert ModelConfig("C-T").name == "C-T" and ModelConfig(model="timm:vit").name == "timm:vit"
+
+
+def test_a_conversion_is_part_of_the_network():
+    assert ModelConfig("C-T", convert="quadratic").name == "C-T as attention"
+    assert ModelConfig(model="timm:vit", convert="learned", convert_alpha=3.0).name == "timm:vit as attention"
+    for options in ({"convert_alpha": 3.0}, {"convert_layers": ("stem.*",)}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))}: nothing is converted; give convert too"):
+            ModelConfig(**options)
+    with pytest.raises(ValueError, match="convert_alpha: -1; it must be above 0"):
+        ModelConfig(convert="quadratic", convert_alpha=-1)
