@@ -6,6 +6,7 @@ The run keeps its fast paths and its speed, and its outputs are bit for bit the 
 import inspect as signatures
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -66,18 +67,8 @@ class Call:
                 f"{self.name}: {what} was changed in place since the call (version {before}, now {now}); "
                 "ask for weights before that"
             )
-        call = dict(self._call)
-        asked = call.get("queries")
-        if queries is not None:
-            call["queries"] = queries if asked is None else asked[queries]
-        dtype, enabled = self._autocast
-        with (
-            modes_kept(self.mixer),
-            torch.inference_mode(self.output.is_inference()),
-            torch.autocast(self.output.device.type, dtype, enabled),
-        ):
-            for part, training in self._modes:
-                part.training = training
+        call = self._call_for(queries)
+        with self._as_it_was():
             found = self.mixer.weights(**call)
             with torch.no_grad():
                 x, bound = self.mixer._bind(call.pop("x"), call)
@@ -90,6 +81,41 @@ class Call:
             rebuilt, output = (rows.masked_fill(~real[..., None], 0) for rows in (rebuilt, output))
         difference = (rebuilt.double() - output.double()).abs().max()
         return found, float(difference / output.double().abs().max().clamp(min=torch.finfo(output.dtype).tiny))
+
+    def scores(self, queries: Tensor | None = None) -> dict[str, Tensor]:
+        """The named terms before the softmax, each broadcastable to [B, G, N, K]; {} where the weights are none.
+
+        Nothing rebuilds the output from them: ask `weights` too, and compare.
+        """
+        if type(self.mixer)._scores is TokenMixer._scores:
+            return {}
+        call = self._call_for(queries)
+        with self._as_it_was():
+            found = self.mixer.scores(**call)
+        if queries is None or "queries" in self.mixer._takes["_scores"]:
+            return found
+        return {name: term if term.shape[2] == 1 else term[:, :, call["queries"]] for name, term in found.items()}
+
+    def _call_for(self, queries: Tensor | None) -> dict[str, Any]:
+        """The call's arguments, for some of its queries."""
+        call = dict(self._call)
+        asked = call.get("queries")
+        if queries is not None:
+            call["queries"] = queries if asked is None else asked[queries]
+        return call
+
+    @contextmanager
+    def _as_it_was(self) -> Iterator[None]:
+        """What surrounded the call: mode, autocast, inference mode."""
+        dtype, enabled = self._autocast
+        with (
+            modes_kept(self.mixer),
+            torch.inference_mode(self.output.is_inference()),
+            torch.autocast(self.output.device.type, dtype, enabled),
+        ):
+            for part, training in self._modes:
+                part.training = training
+            yield
 
     def _real(self, x: Tensor, bound: dict[str, Any]) -> Tensor | None:
         """Which rows of the output are those of real tokens, [B, N]; None: all, or none is a token's own."""
