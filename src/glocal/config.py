@@ -364,6 +364,37 @@ class ExplainPathCommand:
 
 
 @dataclass(frozen=True)
+class ExploreCommand:
+    """Writes a page in which one chooses a place of an image and sees what every layer and head of a model reads
+    there."""
+
+    model: tyro.conf.Positional[str | None] = None
+    """The folder of a run or its weights.safetensors, a published model of this library by name, 'timm:NAME', or
+    'hf:FOLDER' with a model of transformers."""
+
+    images: tuple[Path, ...] = ()
+    """Image files, or folders of them. By default five test images of the run's own data, or digits."""
+
+    out: Path = Path("glocal-explore.html")
+    """The page to write."""
+
+    weights: Path | None = None
+    """A file of weights for a model that is given by name; without one they are random, and the page says so."""
+
+    layers: tuple[str, ...] = ()
+    """Which layers, by patterns of their names such as 'stages.2.*'; all by default."""
+
+    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+    """What to compute in."""
+
+    seed: int = 0
+    """Of random weights."""
+
+    lesson: bool = False
+    """Write a page that needs no model instead: a convolution, and the attention heads that equal it."""
+
+
+@dataclass(frozen=True)
 class CompareConfig:
     """Trains several networks on the same data, several times each, and says how they compare."""
 

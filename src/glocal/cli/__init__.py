@@ -31,6 +31,7 @@ _COMMANDS = {
     "train": ("train one network", "runs", "train"),
     "evaluate": ("test a trained network", "runs", "evaluate"),
     "predict": ("say what a trained network sees in images", "runs", "predict"),
+    "explore": ("write a page that shows what every layer and head of a model reads", "explore", "explore"),
     "recall": ("how far apart two tokens of a sequence may be, for each operator", "runs", "recall"),
     "convert": ("turn convolutions into attention that computes the same, or back", "conversion", "convert"),
     "check-data": ("say what a data set holds, and what is wrong with it", "runs", "check_data"),

@@ -1,0 +1,201 @@
+"""`glocal explore`: which model it finds, which images, what it says on the page, and how it refuses."""
+
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import glocal
+from glocal import cli
+from glocal.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run's folder as training leaves it, but for the training."""
+    from glocal.checkpoint import save_weights
+    from glocal.plain import to_plain
+    from glocal.tasks.classification import build_model
+
+    folder = tmp_path_factory.mktemp("runs") / "places"
+    folder.mkdir()
+    config = RunConfig(
+        DataConfig("digits"), ModelConfig("QuadraticAttention(num_heads=2)-T", dims=(32, 32)), TrainConfig()
+    )
+    model = build_model(config.model, in_chans=1, num_classes=10, img_size=(8, 8), seed=0)
+    about = {
+        "config": to_plain(config), "classes": [str(i) for i in range(10)], "in_chans": 1, "img_size": [8, 8],
+        "mean": [78.0], "deviation": [96.0],
+    }  # fmt: skip
+    save_weights(folder / "weights.safetensors", model.state_dict(), about)
+    return folder
+
+
+def explore(tmp_path, *arguments):
+    page = tmp_path / "new" / "page.html"
+    code = cli.main(["explore", *map(str, arguments), "--out", str(page)])
+    return code, page.read_text("utf-8") if page.exists() else ""
+
+
+def about(page):
+    text = page.partition('<script type="application/json" id="about">')[2].partition("</script>")[0]
+    return json.loads(text)
+
+
+def test_a_run_with_its_own_test_images(run, tmp_path, capsys):
+    code, page = explore(tmp_path, run)
+    said = capsys.readouterr()
+    assert code == 0, said.err
+    assert "2 layers on 5 images; rebuilt within" in said.out and "page.html (0." in said.out
+    found = about(page)
+    assert [layer["name"] for layer in found["layers"]] == ["stages.0.0.mixer", "stages.1.0.mixer"]
+    assert [len(layer["rows"]) for layer in found["layers"]] == [1, 5]
+    assert len({picture["name"].rpartition("(")[2] for picture in found["pictures"]}) == 5  # of five classes
+    assert all(picture["note"].startswith("seen as ") for picture in found["pictures"])
+    assert "random" not in page and found["epochs"] is None
+    assert explore(tmp_path, run / "weights.safetensors")[0] == 0
+
+
+def test_the_epochs_of_a_run(run, tmp_path, capsys):
+    record = {"centers": [[0, 1], [2, 3]], "precision": [[[1, 0], [0, 1]]] * 2}
+    lines = [json.dumps({"epoch": n, "layers": {"stages.0.0.mixer": record}}) for n in (1, 2, 3)]
+    (run / "heads.jsonl").write_text("\n".join(lines))
+    try:
+        assert about(explore(tmp_path, run)[1])["epochs"] is not None
+        (run / "heads.jsonl").write_text(lines[0] + "\n{}")
+        assert explore(tmp_path, run)[0] == 2
+        assert "heads.jsonl, line 2: no record of an epoch" in one_line(capsys)
+    finally:
+        (run / "heads.jsonl").unlink()
+
+
+def test_images_that_are_named_and_chosen_layers(run, tmp_path):
+    for name in ("b.png", "a.png"):
+        Image.fromarray(np.full((9, 7, 3), 200, np.uint8)).save(tmp_path / name)
+    code, page = explore(tmp_path, run, "--images", tmp_path / "b.png", tmp_path / "a.png", "--layers", "stages.1*")
+    assert code == 0
+    assert [picture["name"] for picture in about(page)["pictures"]] == ["b.png", "a.png"]
+    assert [layer["name"] for layer in about(page)["layers"]] == ["stages.1.0.mixer"]
+
+
+def test_what_was_computed_is_what_the_model_computes(run, tmp_path, monkeypatch):
+    """The layers that go onto the page hold the weights of the run's network on its own images."""
+    from glocal.data import load
+    from glocal.inference import load_trained
+
+    kept = {}
+    import glocal.analysis.maps as maps
+
+    real = maps.maps
+    monkeypatch.setattr(maps, "maps", lambda calls: real(kept.setdefault("calls", calls)))
+    assert explore(tmp_path, run, "--dtype", "float64")[0] == 0
+    trained, data = load_trained(run), load("digits")
+    first = [data.test_labels.tolist().index(label) for label in dict.fromkeys(data.test_labels.tolist())][:5]
+    x = (data.test_images[first].double() - 78) / 96
+    with torch.no_grad(), glocal.inspect(trained.model.double().eval()) as seen:
+        trained.model(x)
+    torch.testing.assert_close(kept["calls"][1].weights().weights, seen.calls[1].weights().weights)
+
+
+def test_a_model_of_ours_by_name(tmp_path, monkeypatch):
+    class Small(nn.Module):
+        in_chans, img_size = 3, (12, 12)
+
+        def __init__(self):
+            super().__init__()
+            self.layer = glocal.build("SelfAttention(num_heads=1)", 3)
+
+        def forward(self, x):
+            return self.layer(x.movedim(1, -1)).mean((1, 2))
+
+    def create_model(name):
+        if name != "small":
+            raise ValueError(f"model: unknown name {name!r}")
+        return Small()
+
+    monkeypatch.setitem(sys.modules, "glocal.models", types.SimpleNamespace(create_model=create_model))
+    code, page = explore(tmp_path, "small")
+    assert code == 0
+    assert "Its weights are random: nothing here was learned." in page
+    assert about(page)["layers"][0]["queries"]["grid"] == [12, 12]
+    torch.save(Small().state_dict(), tmp_path / "own.pt")
+    assert "random" not in explore(tmp_path, "small", "--weights", tmp_path / "own.pt")[1]
+    assert explore(tmp_path, "smal")[0] == 2
+
+
+def one_line(capsys):
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and said.startswith("glocal explore: "), said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "name a model: the folder of a run"),
+        (["timm:no_such_net"], "timm has no such model"),
+        (["hf:nowhere"], "no config.json there"),
+        (["nowhere/run"], "no trained network"),
+        (["RUN", "--images", "gone.png"], "gone.png: no such file"),
+        (["RUN", "--layers", "nothing*"], "'nothing*' is the name of none; there are stages.0.0.mixer"),
+        (["RUN", "--weights", "x.pt"], "has weights of its own"),
+        (["RUN", "--dtype", "float8"], "--dtype"),
+        (["timm:resnet10t"], "no token mixer"),
+        (["timm:resnet10t", "--weights", "gone.pt"], "gone.pt: no such file"),
+    ],
+)
+def test_mistakes_are_one_line(run, tmp_path, capsys, arguments, words):
+    assert explore(tmp_path, *[run if each == "RUN" else each for each in arguments])[0] == 2
+    assert words in one_line(capsys)
+
+
+def test_a_page_that_cannot_be_written_is_said_in_one_line(run, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert cli.main(["explore", str(run), "--out", str(tmp_path / "file" / "page.html")]) == 2
+    assert "file" in one_line(capsys)
+
+
+def test_the_lesson_needs_no_model(tmp_path, monkeypatch):
+    lesson = types.SimpleNamespace(lesson_page=lambda: "<p>taught")
+    monkeypatch.setitem(sys.modules, "glocal.report.lesson", lesson)
+    assert explore(tmp_path, "--lesson") == (0, "<p>taught")
+
+
+# planted by scripts/mutate
+FAULTS = {
+    ("cli/explore.py", "test_cli_explore.py"): (
+        (
+            "images are shown as they come, not one a class",
+            "first = list({label: labels.index(label) for label in labels}.values())[:_SHOWN]",
+            "first = list(range(_SHOWN))",
+        ),
+        (
+            "pixels are not normalised",
+            "x = normaliser(loaded.mean, loaded.deviation, device)(pixels).to(dtype)",
+            "x = pixels.to(dtype)",
+        ),
+        (
+            "random weights are not mentioned",
+            "notes = [_RANDOM] if random and command.weights is None else []",
+            "notes = []",
+        ),
+        (
+            "weights from a file count as random",
+            "[_RANDOM] if random and command.weights is None",
+            "[_RANDOM] if random",
+        ),
+        ("a file of weights is not read", "        start_from(model, command.weights)\n", "        pass\n"),
+        (
+            "all layers are shown",
+            "return [call for call in seen if any(",
+            "return [call for call in seen if True or any(",
+        ),
+        ("epochs are left out", 'epochs=_epochs(folder / "heads.jsonl"),', "epochs=[],"),
+        ("the type is not heeded", "model = loaded.model.to(dtype).eval()", "model = loaded.model.eval()"),
+    ),
+}
