@@ -47,7 +47,7 @@ def mistake(capsys, *arguments):
     return captured.err.strip()
 
 
-COMMANDS = "compare, train, evaluate, predict, recall, convert, check-data, list, check-operator, explain-path"
+COMMANDS = "compare, train, evaluate, predict, explore, recall, convert, check-data, list, check-operator, explain-path"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from torch import nn
 
 import glocal
 from glocal import cli
+from glocal.cli.explore import _chosen
+from glocal.cli.parsing import UserError
 from glocal.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 
 
@@ -152,6 +154,12 @@ def one_line(capsys):
 def test_mistakes_are_one_line(run, tmp_path, capsys, arguments, words):
     assert explore(tmp_path, *[run if each == "RUN" else each for each in arguments])[0] == 2
     assert words in one_line(capsys)
+
+
+def test_a_model_of_which_nothing_can_be_seen_says_why():
+    seen = types.SimpleNamespace(calls=[], refused={"blocks.0.attn": "normalises queries and keys"})
+    with pytest.raises(UserError, match=r"nothing to show: blocks\.0\.attn normalises queries and keys"):
+        _chosen(seen, ())
 
 
 def test_a_page_that_cannot_be_written_is_said_in_one_line(run, tmp_path, capsys):

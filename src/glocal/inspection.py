@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from glocal.adapters import Foreign, NotSeen, foreign
 from glocal.aggregation import Aggregation, aggregate
 from glocal.mixer import Cache, TokenMixer
 from glocal.operator import modes_kept
@@ -130,10 +131,14 @@ class Call:
 
 
 class Inspection:
-    """Calls recorded while `with inspect(model) as seen:` holds; iterate it, or index it by a module's name."""
+    """Calls recorded while `with inspect(model) as seen:` holds; iterate it, or index it by a module's name.
+
+    `refused` says by name why a module of another library is not among them.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.calls: list[Call] = []
+        self.refused: dict[str, str] = {}
         self._model = model
         self._hooks: list[Any] = []
         self._open: dict[int, list[dict[str, Any]]] = {}
@@ -155,6 +160,12 @@ class Inspection:
                 if self._canonical[name] == name:
                     self._hooks.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
                     self._hooks.append(module.register_forward_hook(self._after(name), with_kwargs=True))
+        for name, how in foreign(self._model):
+            if isinstance(how, NotSeen):
+                self.refused[name] = how.why
+            else:
+                self._canonical[name] = name
+                self._watch(name, how)
         return self
 
     def __exit__(
@@ -184,6 +195,23 @@ class Inspection:
             raise KeyError(f"no call of {name!r}; recorded: {names}")
         return found
 
+    def _watch(self, name: str, how: Foreign) -> None:
+        """Records the calls of another library's module as those of the mixer that stands for it."""
+        for kept, module in how.watched.items():
+            self._hooks.append(module.register_forward_hook(_keep(how.kept, kept)))
+
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            first = args[0] if args else next(iter(kwargs.values()))
+            call = how.call(first, how.kept)
+            if isinstance(call, str):
+                self.refused[name] = call
+                return
+            for part in how.mixer.modules():
+                part.training = module.training
+            self.calls.append(Call(name, how.mixer, call, how.output(output, call)))
+
+        self._hooks.append(how.module.register_forward_hook(record, with_kwargs=True))
+
     def _before(self, mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
             raise ValueError(f"{type(mixer).__name__}: runs inside a compiled region, where inspect sees nothing")
@@ -203,8 +231,15 @@ class Inspection:
         return record
 
 
+def _keep(kept: dict[str, Any], name: str) -> Any:
+    def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        kept[name] = output
+
+    return keep
+
+
 def inspect(model: nn.Module) -> Inspection:
-    """Records the calls of every token mixer in a model.
+    """Records the calls of every token mixer in a model, and of the attention of timm, torchvision and transformers.
 
         with glocal.inspect(model) as seen:
             model(images)

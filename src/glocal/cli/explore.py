@@ -92,20 +92,19 @@ def _page(command: "ExploreCommand") -> tuple[str, str]:
         _pictures(names, pixels, scores if isinstance(scores, torch.Tensor) else None, loaded.classes),
         layers,
         notes=notes,
-        refused={**_passed_over(seen), **refused},
+        refused={**seen.refused, **refused},
         epochs=loaded.epochs,
     )
     worst = max(layers, key=lambda layer: layer.error)
     said = [f"{len(layers)} layers on {len(names)} images; rebuilt within {worst.error:.1e} ({worst.name})"]
-    said += [f"not shown: {each}: {why}" for each, why in refused.items()]
+    said += [f"not shown: {each}: {why}" for each, why in {**seen.refused, **refused}.items()]
     return page, "\n".join(said) + "\n"
 
 
-def _passed_over(seen: "Inspection") -> dict[str, str]:
-    return dict(getattr(seen, "refused", {}))
-
-
 def _chosen(seen: "Inspection", patterns: Sequence[str]) -> list[Any]:
+    if not seen.calls and seen.refused:
+        name, why = next(iter(seen.refused.items()))
+        raise UserError(f"nothing to show: {name} {why}")
     if not patterns:
         return list(seen)
     names = list(dict.fromkeys(call.name for call in seen))
