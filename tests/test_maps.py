@@ -248,6 +248,29 @@ def test_heads_with_places_show_them():
         np.testing.assert_allclose(found.centers, mixer.attention_centers.detach().numpy())
 
 
+@pytest.mark.parametrize(("position", "stride"), [("classification", 1), ("detection", 2)])
+def test_locally_enhanced_attention_shows_its_attention_and_how_much_is_unary(position, stride):
+    torch.manual_seed(0)
+    spec = f"LocallyEnhancedAttention(grid_size=(4, 5), num_groups=2, position={position!r}, stride={stride})"
+    mixer, x = glocal.build(spec, 16).eval(), torch.randn(2, 4, 5, 16)
+    calls = recorded(mixer, x)
+    assert calls[0].rebuild_error() < 1e-6
+    for budget in (10**6, 2 * 2 * 20 * 5):
+        ((found,), refused) = maps(calls, budget=budget)
+        assert not refused and found.queries.grid == (4, 5) and found.kind == "weights"
+        assert found.stride == (1 if budget == 10**6 else 2)
+    ((found,), _) = maps(calls)
+    weights = mixer.weights(x).weights.detach().double().numpy()
+    assert_near(row_of(found, 1, 1, 7), weights[1, 1, 7])
+    gate = mixer.terms(x)["gate"].detach()
+    by_hand = [(1 / (1 + gate[..., 8 * g : 8 * g + 8])).mean().item() for g in range(2)]
+    assert found.shares["unary share"] == pytest.approx(by_hand, rel=1e-5)
+    with torch.no_grad():
+        mixer.reasoning[1].weight.mul_(2)
+    with pytest.raises(ValueError, match=r"its parameter reasoning\.1\.weight was changed in place"):
+        maps(calls)
+
+
 def test_what_cannot_be_rebuilt_is_named_and_the_rest_shown():
     net = Net(glocal.build("SelfAttention(num_heads=4)", 32), glocal.build("DepthwiseConv(kernel_size=3)", 32))
     calls = []

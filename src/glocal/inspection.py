@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from glocal.adapters import Foreign, NotSeen, foreign
 from glocal.aggregation import Aggregation, aggregate
 from glocal.mixer import Cache, TokenMixer
-from glocal.operator import modes_kept
+from glocal.operator import TokenModule, modes_kept
 
 # largest difference, relative to the largest entry, at which a rebuilt output counts as the recorded one
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
@@ -40,6 +40,20 @@ class Call:
         """The mixer's input [B, *S, C]."""
         return self._call["x"]
 
+    @property
+    def query_grid(self) -> tuple[int, ...]:
+        """The grid of its queries; where there are class tokens, they stand in front of it."""
+        return tuple(self._call.get("grid", self.output.shape[1:-1]))
+
+    @property
+    def num_queries(self) -> int:
+        """Rows of its weights."""
+        return math.prod(self.output.shape[1:-1])
+
+    def shares(self) -> dict[str, Tensor]:
+        """Further numbers of each head, [G], by name."""
+        return {}
+
     def weights(self, queries: Tensor | None = None) -> Aggregation:
         """The aggregation weights of this call, for all queries or some (int64 [Q], in the flattened output).
 
@@ -62,12 +76,15 @@ class Call:
         """Largest difference between rebuilt and recorded output, relative to the largest entry."""
         return self._rebuild(queries)[1]
 
-    def _rebuild(self, queries: Tensor | None) -> tuple[Aggregation, float]:
+    def _check_unchanged(self) -> None:
         for what, (before, now) in _changed(self._versions, _versions(self._call, self.output, self.mixer)).items():
             raise ValueError(
                 f"{self.name}: {what} was changed in place since the call (version {before}, now {now}); "
                 "ask for weights before that"
             )
+
+    def _rebuild(self, queries: Tensor | None) -> tuple[Aggregation, float]:
+        self._check_unchanged()
         call = self._call_for(queries)
         with self._as_it_was():
             found = self.mixer.weights(**call)
@@ -80,15 +97,14 @@ class Call:
             return found, 0.0
         if (real := self._real(x, bound)) is not None:
             rebuilt, output = (rows.masked_fill(~real[..., None], 0) for rows in (rebuilt, output))
-        difference = (rebuilt.double() - output.double()).abs().max()
-        return found, float(difference / output.double().abs().max().clamp(min=torch.finfo(output.dtype).tiny))
+        return found, _error(rebuilt, output)
 
     def scores(self, queries: Tensor | None = None) -> dict[str, Tensor]:
         """The named terms before the softmax, each broadcastable to [B, G, N, K]; {} where the weights are none.
 
         Nothing rebuilds the output from them: ask `weights` too, and compare.
         """
-        if type(self.mixer)._scores is TokenMixer._scores:
+        if getattr(type(self.mixer), "_scores", TokenMixer._scores) is TokenMixer._scores:
             return {}
         call = self._call_for(queries)
         with self._as_it_was():
@@ -130,6 +146,41 @@ class Call:
         return f"<call of {self.name}: {self.mixer!r} on {tuple(self.x.shape)}>"
 
 
+class PartsCall(Call):
+    """One call of an operator that adds parts and shows their weights, where values depend on the offset (LESA).
+
+    `weights` are those of its attention; what is rebuilt is the sum of its parts.
+    """
+
+    @property
+    def query_grid(self) -> tuple[int, ...]:
+        """The attention's, before any stride."""
+        return tuple(self.x.shape[1:-1])
+
+    @property
+    def num_queries(self) -> int:
+        """Rows of its weights."""
+        return math.prod(self.query_grid)
+
+    def shares(self) -> dict[str, Tensor]:
+        """ "unary share": mean of 1 / (1 + w) over each head's channels, w the gate of the binary term.
+
+        Source: Yang et al., arXiv 2107.05637, where terms count by 1 / (1 + w) and w / (1 + w).
+        """
+        self._check_unchanged()
+        with self._as_it_was(), torch.no_grad():
+            gate = self.mixer.terms(**self._call)["gate"]  # type: ignore[operator]
+        share = (1 / (1 + gate)).double().flatten(0, -2).mean(0)
+        return {"unary share": share.unflatten(0, (self.mixer.num_groups, -1)).mean(-1)}
+
+    def _rebuild(self, queries: Tensor | None) -> tuple[Aggregation, float]:
+        self._check_unchanged()
+        with self._as_it_was(), torch.no_grad():
+            found = self.mixer.weights(self.x, queries=queries)
+            rebuilt = self.mixer.mix(**self._call)  # type: ignore[operator]
+        return found, _error(rebuilt, self.output)
+
+
 class Inspection:
     """Calls recorded while `with inspect(model) as seen:` holds; iterate it, or index it by a module's name.
 
@@ -154,7 +205,7 @@ class Inspection:
                 raise ValueError(
                     f"{name or 'the model'}: is compiled, its inside cannot be seen; inspect it before torch.compile"
                 )
-            if isinstance(module, TokenMixer):
+            if isinstance(module, TokenMixer) or _shows_parts(module):
                 name = name or type(module).__name__
                 self._canonical[name] = first.setdefault(id(module), name)
                 if self._canonical[name] == name:
@@ -226,9 +277,14 @@ class Inspection:
 
     def _after(self, name: str) -> Any:
         def record(mixer: TokenMixer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            self.calls.append(Call(name, mixer, self._open[id(mixer)].pop(), output))
+            kind = PartsCall if _shows_parts(mixer) else Call
+            self.calls.append(kind(name, mixer, self._open[id(mixer)].pop(), output))
 
         return record
+
+
+def _shows_parts(module: nn.Module) -> bool:
+    return isinstance(module, TokenModule) and hasattr(module, "terms") and hasattr(module, "weights")
 
 
 def _keep(kept: dict[str, Any], name: str) -> Any:
@@ -251,6 +307,12 @@ def inspect(model: nn.Module) -> Inspection:
         ValueError: a part of the model is compiled (named), on entering the `with` block.
     """
     return Inspection(model)
+
+
+def _error(rebuilt: Tensor, output: Tensor) -> float:
+    """Largest difference, relative to the largest entry."""
+    difference = (rebuilt.double() - output.double()).abs().max()
+    return float(difference / output.double().abs().max().clamp(min=torch.finfo(output.dtype).tiny))
 
 
 def _versions(call: dict[str, Any], output: Tensor, mixer: nn.Module) -> dict[str, int]:

@@ -123,8 +123,7 @@ def _size(call: Call) -> tuple[int, int]:
     """Entries of one query, of all images and heads; queries."""
     with torch.no_grad():
         one = call.weights(torch.zeros(1, dtype=torch.int64, device=call.x.device))
-    queries = math.prod(call.output.shape[1:-1])
-    return one.weights.shape[0] * one.weights.shape[1] * one.weights.shape[3], queries
+    return one.weights.shape[0] * one.weights.shape[1] * one.weights.shape[3], call.num_queries
 
 
 def _share(budget: int, needs: Sequence[int]) -> float:
@@ -164,6 +163,7 @@ def _map(name: str, call: Call, stride: int) -> Map:
             index=index,
             distance=_of_heads(mean_distance(found), heads, counted),
             entropy=_of_heads(entropy(found), heads, counted),
+            shares={share: values.tolist() for share, values in call.shares().items()},
             centers=centers,
             precision=precision,
         )
@@ -247,8 +247,7 @@ def _places_of_queries(found: Aggregation) -> Places:
 
 def _query_places(call: Call) -> Places:
     """The same of a call of which not all rows are made."""
-    count, call_grid = math.prod(call.output.shape[1:-1]), call._call.get("grid")
-    grid = tuple(call.output.shape[1:-1]) if call_grid is None else tuple(call_grid)
+    count, grid = call.num_queries, call.query_grid
     return Places(count - math.prod(grid), _two(grid)) if len(grid) <= 2 else Places(count, (0, 0))
 
 
