@@ -69,6 +69,7 @@ def test_the_epochs_of_a_run(run, tmp_path, capsys):
     (run / "heads.jsonl").write_text("\n".join(lines))
     try:
         assert about(explore(tmp_path, run)[1])["epochs"] is not None
+        assert about(explore(tmp_path, run, "--layers", "stages.1*")[1])["epochs"] is None  # no such heads there
         (run / "heads.jsonl").write_text(lines[0] + "\n{}")
         assert explore(tmp_path, run)[0] == 2
         assert "heads.jsonl, line 2: no record of an epoch" in one_line(capsys)
@@ -116,17 +117,17 @@ def test_a_model_of_ours_by_name(tmp_path, monkeypatch):
             return self.layer(x.movedim(1, -1)).mean((1, 2))
 
     def create_model(name):
-        if name != "small":
+        if name != "small(depth=1.0)":
             raise ValueError(f"model: unknown name {name!r}")
         return Small()
 
     monkeypatch.setitem(sys.modules, "glocal.models", types.SimpleNamespace(create_model=create_model))
-    code, page = explore(tmp_path, "small")
+    code, page = explore(tmp_path, "small(depth=1.0)")
     assert code == 0
     assert "Its weights are random: nothing here was learned." in page
     assert about(page)["layers"][0]["queries"]["grid"] == [12, 12]
     torch.save(Small().state_dict(), tmp_path / "own.pt")
-    assert "random" not in explore(tmp_path, "small", "--weights", tmp_path / "own.pt")[1]
+    assert "random" not in explore(tmp_path, "small(depth=1.0)", "--weights", tmp_path / "own.pt")[1]
     assert explore(tmp_path, "smal")[0] == 2
 
 
@@ -204,6 +205,7 @@ FAULTS = {
             "return [call for call in seen if True or any(",
         ),
         ("epochs are left out", 'epochs=_epochs(folder / "heads.jsonl"),', "epochs=[],"),
+        ("arguments in a model's name make it a path", 'r"\\w+(\\(.*\\))?", name)', 'r"\\w+", name)'),
         ("the type is not heeded", "model = loaded.model.to(dtype).eval()", "model = loaded.model.eval()"),
     ),
 }

@@ -140,7 +140,7 @@ def assert_shown(page, calls, image, row, column, terms="both"):
 def test_hovering_shows_the_weights_of_the_token(page, calls):
     for row, column in ((0, 0), (2, 3), (4, 5)):
         point_at(page, row, column)
-        assert f"row {row + 1}, column {column + 1} of 5 × 6" in page.text_content("#read")
+        assert f"row {row + 1}, column {column + 1} of 5\u00a0×\u00a06" in page.text_content("#read")
         assert_shown(page, calls, 0, row, column)
 
 
@@ -365,4 +365,4 @@ def test_what_users_wrote_is_text(page):
 def test_errors_of_rebuilding_are_printed(page, calls):
     worst = max(call.rebuild_error() for call in calls)
     assert f"within {worst:.1e} of the largest entry" in page.text_content("body")
-    assert re.search(r"rebuilt to \d × 10⁻[⁰¹²³⁴⁵⁶⁷⁸⁹]+", page.locator(".layer").first.inner_text())
+    assert re.search(r"rebuilt to \d\s×\s10⁻[⁰¹²³⁴⁵⁶⁷⁸⁹]+", page.locator(".layer").first.inner_text())

@@ -1,6 +1,7 @@
 """`glocal explore`: a page of what every layer and head of a model reads."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -127,7 +128,7 @@ def _load(command: "ExploreCommand") -> _Loaded:
     if kind == "hf":
         return _of_transformers(command, Path(rest))
     path = Path(name)
-    if path.exists() or path.suffix or len(path.parts) > 1:
+    if path.exists() or not re.fullmatch(r"\w+(\(.*\))?", name):  # a model's name may bring arguments
         if command.weights is not None:
             raise UserError(f"--weights: {name} has weights of its own; leave it out")
         return _of_run(path)
@@ -176,8 +177,9 @@ def _of_ours(command: "ExploreCommand", name: str) -> _Loaded:
     with torch.random.fork_rng():
         torch.manual_seed(command.seed)
         model = create(name)
-    size = getattr(model, "img_size", (32, 32))
-    return _with_weights(command, model, name, getattr(model, "in_chans", 3), tuple(size))
+    size = getattr(model, "img_size", 32)
+    in_chans = getattr(model, "in_chans", None) or getattr(getattr(model, "patch_embed", None), "in_chans", 3)
+    return _with_weights(command, model, name, in_chans, (size, size) if isinstance(size, int) else tuple(size))
 
 
 def _of_timm(command: "ExploreCommand", name: str) -> _Loaded:

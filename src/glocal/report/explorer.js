@@ -193,7 +193,7 @@ const explorer = (() => {
     up = ramp(chosen.up);
     down = ramp(chosen.down);
     hot = new Uint32Array(256); // over a grey image: from nothing to a full orange
-    for (let i = 0; i < 256; i++) hot[i] = (Math.round(235 * (i / 255) ** 0.7) << 24) | (0x00 << 16) | (0x5a << 8) | 0xff;
+    for (let i = 0; i < 256; i++) hot[i] = (Math.round(215 * (i / 255) ** 0.8) << 24) | (0x00 << 16) | (0x5a << 8) | 0xff;
     const canvas = byId("ramp"), context = canvas.getContext("2d"), data = context.createImageData(128, 1), out = new Uint32Array(data.data.buffer);
     for (let i = 0; i < 128; i++) out[i] = up[2 * i + 1];
     context.putImageData(data, 0, 0);
@@ -206,7 +206,7 @@ const explorer = (() => {
       if (value !== value) out[j] = 0;
       else if (signed) {
         const share = Math.min(255, Math.round(Math.abs(value) * (high > 0 ? 255 / high : 0)));
-        out[j] = overlaid ? (value < 0 ? (Math.round(235 * (share / 255) ** 0.7) << 24) | 0xff9040 : hot[share]) : (value < 0 ? down : up)[share];
+        out[j] = overlaid ? (value < 0 ? (Math.round(215 * (share / 255) ** 0.8) << 24) | 0xff9040 : hot[share]) : (value < 0 ? down : up)[share];
       } else out[j] = (overlaid ? hot : up)[Math.max(0, Math.min(255, Math.round((value - low) * span)))];
     }
     context.putImageData(image, 0, 0);
@@ -229,7 +229,7 @@ const explorer = (() => {
 
   function build() {
     layers.forEach((layer, i) => {
-      const said = layer.error < 1e-15 ? "exactly" : "to " + layer.error.toExponential(0).replace("e-", " × 10⁻").replace(/\d+$/, (n) => n.replace(/\d/g, (d) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[d]));
+      const said = layer.error < 1e-15 ? "exactly" : "to " + layer.error.toExponential(0).replace("e-", "\u00a0×\u00a010⁻").replace(/\d+$/, (n) => n.replace(/\d/g, (d) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[d]));
       const shares = Object.entries(layer.shares).map(([name, values]) => `, ${name} ${values.map((v) => v.toFixed(2)).join(" ")}`);
       const info = element("div", {}, element("h2", {}, `${i + 1}  ${layer.name}`), element("p", { class: "of" }, `${layer.operator}, ${grid(layer)}, rebuilt ${said}${shares.join("")}`));
       const heads = element("div", { class: "heads", style: `--n: ${Math.min(layer.heads, MANY)}` }), none = element("p", { class: "none", hidden: "" });
@@ -241,7 +241,7 @@ const explorer = (() => {
   }
 
   function grid(layer) {
-    const size = ({ prefix, grid: [h, w] }) => (h ? `${h} × ${w}` : "") + (prefix ? (h ? " + " : "") + prefix : "");
+    const size = ({ prefix, grid: [h, w] }) => (h ? `${h}\u00a0×\u00a0${w}` : "") + (prefix ? (h ? " + " : "") + prefix : "");
     const [from, to] = [size(layer.sources), size(layer.queries)];
     return from === to ? `${to} tokens` : `${from} tokens to ${to}`;
   }
@@ -378,7 +378,7 @@ const explorer = (() => {
     byId("high").textContent = scores ? "highest" : state.scale === "all" && most > 0 ? most.toPrecision(2) : state.scale === "map" ? "largest of the map" : state.scale === "layer" ? "largest of the layer" : "largest";
   }
 
-  const named = () => (state.token >= 0 ? tokenName(state.token) : `row ${token()[0] + 1}, column ${token()[1] + 1} of ${finest[0]} × ${finest[1]}`);
+  const named = () => (state.token >= 0 ? tokenName(state.token) : `row ${token()[0] + 1}, column ${token()[1] + 1} of ${finest[0]}\u00a0×\u00a0${finest[1]}`);
   let pointed = null;
 
   function hover(layer, head, event) {

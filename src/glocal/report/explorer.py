@@ -50,6 +50,8 @@ def explorer(
         epochs: Where heads were during training, {"epoch": number, "layers": {name: {"centers", "precision"}}}.
     """
     blocks = _Blocks()
+    ellipses = any(layer.centers is not None for layer in layers)
+    epochs = epochs if ellipses else ()
     about = {
         "title": title,
         "pictures": [
@@ -69,7 +71,7 @@ def explorer(
         about=Markup(_for_script(json.dumps(about))),
         blocks=[Markup(text) for text in blocks.texts],
         script=Markup(files("glocal.report").joinpath("explorer.js").read_text("utf-8")),
-        ellipses=any(layer.centers is not None for layer in layers),
+        ellipses=ellipses,
         epochs=len(epochs),
     )
 
