@@ -355,6 +355,32 @@ def test_it_fits_every_screen(open_page, html, width, scheme):
     assert page.locator(".map").first.is_visible()
 
 
+def test_a_layer_too_large_to_store_shows_the_nearest_query(open_page, calls):
+    layers, _ = maps(calls[:1], budget=3 * 3 * 31 * 12)  # of 31 queries twelve: the class token, and every second
+    assert layers[0].stride == 2
+    page = open_page(explorer("some", [Picture(str(i), png(i)) for i in range(IMAGES)], layers))
+    page.evaluate("explorer.ready")
+    assert "is shown in: content (every 2)" in page.text_content("body")
+    for place, nearest in (((0, 0), (1, 1)), ((2, 3), (3, 3)), ((4, 5), (4, 5)), ((4, 2), (4, 3))):
+        point_at(page, *place)
+        query = 1 + nearest[0] * 6 + nearest[1]
+        number, values = shown(page, 0, 2)
+        should = expected(calls[0], 0, 2, query)
+        assert number == query and np.abs(values - should).max() <= should.max() / 128
+
+
+def test_colours_of_either_sign(page):
+    point_at(page, 2, 3)
+    values = shown(page, 3, 0)[1]
+    for ground, (adds, takes) in {"bare": (2, 0), "image": (2, 0)}.items():  # blue adds, red and green take away
+        page.locator(f"input[name=ground][value={ground}]").check(force=True)
+        settled(page)
+        drawn = pixels(page, 3, 0)
+        strong = np.nan_to_num(np.abs(values)) > 0.3 * np.nanmax(np.abs(values))
+        for colour, value in zip(drawn[strong], values[strong], strict=True):
+            assert (colour[adds] > colour[takes]) == (value > 0)
+
+
 def test_what_users_wrote_is_text(page):
     assert page.text_content("h1") == "a <net> & more"
     said = page.text_content("body")

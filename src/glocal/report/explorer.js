@@ -176,7 +176,8 @@ const explorer = (() => {
     light: { up: ["#f7f8fa", "#cfdcf5", "#8fb0ea", "#4a79d8", "#2346b5", "#101f5c"], down: ["#f7f8fa", "#f9d9c3", "#f0a878", "#d8692f", "#a53a10", "#5c1c05"] },
     dark: { up: ["#191d22", "#1c3560", "#2757a6", "#4388dc", "#8bbcf7", "#eef6ff"], down: ["#191d22", "#4c2914", "#8a461b", "#cf6d2c", "#f5a970", "#fff1e6"] },
   };
-  let up, down, hot;
+  let up, down;
+  const more = new Uint32Array(256), less = new Uint32Array(256);
 
   function ramp(stops) {
     const out = new Uint32Array(256), parts = stops.map((s) => [1, 3, 5].map((i) => parseInt(s.slice(i, i + 2), 16)));
@@ -192,11 +193,9 @@ const explorer = (() => {
     const chosen = RAMPS[dark.matches ? "dark" : "light"];
     up = ramp(chosen.up);
     down = ramp(chosen.down);
-    hot = new Uint32Array(256); // over a grey image: from nothing to a full orange
-    for (let i = 0; i < 256; i++) hot[i] = (Math.round(215 * (i / 255) ** 0.8) << 24) | (0x00 << 16) | (0x5a << 8) | 0xff;
-    const canvas = byId("ramp"), context = canvas.getContext("2d"), data = context.createImageData(128, 1), out = new Uint32Array(data.data.buffer);
-    for (let i = 0; i < 128; i++) out[i] = up[2 * i + 1];
-    context.putImageData(data, 0, 0);
+    for (const [ink, over] of [[0xff7a1f, more], [0x006aff, less]]) { // over a grey image, from nothing to full blue or orange
+      for (let i = 0; i < 256; i++) over[i] = (Math.round(215 * (i / 255) ** 0.8) << 24) | ink;
+    }
   }
 
   function paint(context, image, values, from, low, high, overlaid, signed) {
@@ -206,8 +205,8 @@ const explorer = (() => {
       if (value !== value) out[j] = 0;
       else if (signed) {
         const share = Math.min(255, Math.round(Math.abs(value) * (high > 0 ? 255 / high : 0)));
-        out[j] = overlaid ? (value < 0 ? (Math.round(215 * (share / 255) ** 0.8) << 24) | 0xff9040 : hot[share]) : (value < 0 ? down : up)[share];
-      } else out[j] = (overlaid ? hot : up)[Math.max(0, Math.min(255, Math.round((value - low) * span)))];
+        out[j] = (value < 0 ? (overlaid ? less : down) : overlaid ? more : up)[share];
+      } else out[j] = (overlaid ? more : up)[Math.max(0, Math.min(255, Math.round((value - low) * span)))];
     }
     context.putImageData(image, 0, 0);
   }
@@ -328,7 +327,7 @@ const explorer = (() => {
       });
     });
     place();
-    legend(most);
+    legend(most, overlaid);
     tell();
     version++;
     if (!drawn) {
@@ -372,7 +371,10 @@ const explorer = (() => {
     for (const button of byId("tokens").children) button.setAttribute("aria-pressed", String(+button.value === state.token));
   }
 
-  function legend(most) {
+  function legend(most, overlaid) {
+    const context = byId("ramp").getContext("2d"), data = context.createImageData(128, 1), out = new Uint32Array(data.data.buffer);
+    for (let i = 0; i < 128; i++) out[i] = (overlaid ? more : up)[2 * i + 1];
+    context.putImageData(data, 0, 0);
     const scores = state.values === "scores";
     byId("low").textContent = scores ? "lowest" : "0";
     byId("high").textContent = scores ? "highest" : state.scale === "all" && most > 0 ? most.toPrecision(2) : state.scale === "map" ? "largest of the map" : state.scale === "layer" ? "largest of the layer" : "largest";
@@ -580,6 +582,9 @@ const explorer = (() => {
       return { query: own.query ? own.query.number : -1, sources: count(layers[layer].sources), values: own.shown ? [...own.shown[head]] : null };
     },
   };
-  api.ready = start();
+  api.ready = start().catch((error) => {
+    byId("read").textContent = `This page cannot be drawn here (${error.message}); a newer browser can.`;
+    throw error;
+  });
   return api;
 })();
