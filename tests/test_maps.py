@@ -1,6 +1,7 @@
 """Weights stored for a page come back: within 1/128 of the largest of their row, for every operator and every term."""
 
 import math
+import types
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from glocal.aggregation import Aggregation, grid_positions
 from glocal.analysis.codes import coded_scores, coded_weights, table_of
 from glocal.analysis.distance import mean_distance
 from glocal.analysis.entropy import entropy
-from glocal.analysis.maps import maps
+from glocal.analysis.maps import _rows, maps
 from glocal.mixer import TokenMixer
 
 # The page's arithmetic, written again.
@@ -155,6 +156,34 @@ def test_a_fine_table_is_stored_in_half_the_room():
     assert (narrow.codes.dtype, wide.codes.dtype) == (np.uint16, np.float32)
 
 
+@pytest.mark.parametrize(
+    ("spec", "terms"),
+    [
+        ("SelfAttention(num_heads=4, causal=True)", ("content",)),  # masked
+        ("WindowAttention(window_size=4, num_heads=4, shift_size=2)", ("content", "position")),  # empty slots
+        ("DynamicConv(num_heads=4)", ("content",)),  # slots outside that have weights
+        ("LightweightConv(num_heads=4)", ("position",)),
+        ("HaloAttention(block_size=4, halo_size=1, num_heads=4, mask_padding=False)", ("content", "position")),
+    ],
+)
+def test_operators_that_mask_have_terms_all_the_same(spec, terms):
+    torch.manual_seed(0)
+    mixer = glocal.build(spec, 32).eval()
+    ((found,), _) = maps(recorded(mixer, torch.randn(1, 5, 6, 32)))
+    assert (found.kind, found.terms) == ("scores", terms)
+
+
+def test_slots_of_one_source_are_stored_as_one():
+    """Each by itself is large, and they take one another away."""
+    found = aggregation([[[[1.0, -0.99, 0.004, 0.0], [1.0, 0.0, 0.0, 0.0]]]], [[[[0, 0, 1, -1], [3, 2, 1, 0]]]], 2)
+    rows = _rows(types.SimpleNamespace(scores=lambda chosen: {}), found, None)
+    stored = rows[3][0].codes[0, 0].astype(float) * rows[3][0].scales[0, 0]
+    assert rows[0] == "weights"  # together nothing is below zero
+    index = rows[2].index[0, 0, 0].tolist()
+    assert stored[index.index(0)] == pytest.approx(0.01, abs=0.01 / 128)
+    assert stored[index.index(1)] == pytest.approx(0.004, abs=0.01 / 128)
+
+
 def test_rows_without_anything_seen_and_rows_of_equals():
     seen = torch.tensor([[[True], [False]]])
     rows = coded_scores(torch.ones(1, 2, 4), None, seen, seen)
@@ -205,6 +234,9 @@ def test_class_tokens_stand_in_front():
     away = (where[:, None] - where[None]).square().sum(-1).sqrt()
     by_hand = (weights * away).sum(-1) / weights.sum(-1)
     assert found.distance == pytest.approx(by_hand.mean((0, 2)).tolist(), rel=1e-5)
+    whole = seen["SelfAttention"][0].weights().weights[:, :, 2:].double()  # of the twelve again, over all fourteen
+    bits = -(whole * whole.log2()).sum(-1).mean((0, 2))
+    assert found.entropy == pytest.approx(bits.tolist(), rel=1e-5)
 
 
 def test_pooled_and_strided_sources_have_their_places():
@@ -292,11 +324,9 @@ def test_a_module_that_is_called_twice_has_two_maps():
     assert [each.name for each in maps(list(seen))[0]][:2] == ["parts.0", "parts.0 (2)"]
 
 
-def aggregation(weights, index=None):
-    places = grid_positions((1, 4))
-    return Aggregation(
-        torch.tensor(weights), None if index is None else torch.tensor(index), 4, places, places, (1, 4), (1, 4)
-    )
+def aggregation(weights, index=None, queries=4):
+    places, index = grid_positions((1, 4)), None if index is None else torch.tensor(index)
+    return Aggregation(torch.tensor(weights), index, 4, places[:queries], places, (1, queries), (1, 4))
 
 
 def test_distance_and_entropy_by_hand():

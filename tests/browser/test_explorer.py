@@ -1,6 +1,7 @@
 """The page of `glocal explore` in a browser: what it draws is what PyTorch computes, whatever is chosen."""
 
 import base64
+import functools
 import io
 import re
 
@@ -99,26 +100,36 @@ def shown(page, layer, head):
     return found[0], None if found[1] is None else np.array([float(v.replace("NaN", "nan")) for v in found[1]])
 
 
+@functools.cache
+def weights_of(call):
+    return call.weights()
+
+
+@functools.cache
+def scores_of(call):
+    return call.scores()
+
+
 def expected(call, image, head, query, terms="both"):
     """By torch, from the mixer itself; None where it has no such term."""
     if terms != "both":
-        scores = call.scores()
+        scores = scores_of(call)
         if not scores:
             terms = "both"
         elif terms not in scores:
             return None
         else:
             term = scores[terms]
-            index = call.weights().index
-            term, seen = torch.broadcast_tensors(term, call.weights().weights > 0)
+            index = weights_of(call).index
+            term, seen = torch.broadcast_tensors(term, weights_of(call).weights > 0)
             row = term.masked_fill(~seen, -torch.inf).softmax(-1)
             row = row[min(image, len(row) - 1), head, query].detach().double()
             if index is None:
                 return row.numpy()
             index = index[min(image, len(index) - 1), 0, query]
-            full = torch.zeros(call.weights().num_sources + 1, dtype=torch.float64)
+            full = torch.zeros(weights_of(call).num_sources + 1, dtype=torch.float64)
             return full.index_add(0, torch.where(index < 0, len(full) - 1, index), row)[:-1].numpy()
-    dense = call.weights().dense().detach().double()
+    dense = weights_of(call).dense().detach().double()
     return dense[min(image, len(dense) - 1), min(head, dense.shape[1] - 1), query].numpy()
 
 
@@ -128,7 +139,7 @@ def assert_shown(page, calls, image, row, column, terms="both"):
         query = 1 + row * 6 + column if call.name == "content" else row * 6 + column
         if call.name == "strided":
             query = int((row + 0.5) / 5 * 3) * 3 + int((column + 0.5) / 6 * 3)  # a grid of 3 x 3 over the same image
-        for head in range(min(call.weights().num_groups, 3)):
+        for head in range(min(weights_of(call).num_groups, 3)):
             number, values = shown(page, layer, head)
             should = expected(call, image, head, query, terms)
             assert (values is None) == (should is None), call.name
