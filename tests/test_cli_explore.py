@@ -142,6 +142,7 @@ def one_line(capsys):
     [
         ([], "name a model: the folder of a run"),
         (["timm:no_such_net"], "timm has no such model"),
+        (["all_attention_quadratik"], "did you mean 'all_attention_quadratic'?"),
         (["hf:nowhere"], "no config.json there"),
         (["nowhere/run"], "no trained network"),
         (["RUN", "--images", "gone.png"], "gone.png: no such file"),

@@ -395,8 +395,16 @@ FAULTS = {
             "counted = slice(None)",
         ),
         ("a second call hides the first", 'f"{call.name} ({seen[call.name]})"', "call.name"),
-        ("spreads are shown instead of the precision", "(spreads @ spreads.mT)", "spreads"),
-        ("spreads are multiplied the wrong way round", "(spreads @ spreads.mT)", "(spreads.mT @ spreads)"),
+        (
+            "the precision of heads is not shown",
+            "return centers.numpy(), mixer.precision()",
+            "return centers.numpy(), 2 * mixer.precision()",
+        ),
+        (
+            "centres are cut to whole tokens",
+            "mixer.attention_centers.detach().double().cpu()",
+            "mixer.attention_centers.detach().double().cpu().round()",
+        ),
         ("pooled sources have the step of the queries", "_pair(step, 1.0)", "(1.0, 1.0)"),
         ("signs are lost", "signed, shared = bool((found.weights < 0).any()),", "signed, shared = False,"),
     ),

@@ -403,3 +403,76 @@ def test_errors_of_rebuilding_are_printed(page, calls):
     worst = max(call.rebuild_error() for call in calls)
     assert f"within {worst:.1e} of the largest entry" in page.text_content("body")
     assert re.search(r"rebuilt to \d\s×\s10⁻[⁰¹²³⁴⁵⁶⁷⁸⁹]+", page.locator(".layer").first.inner_text())
+
+
+# planted by scripts/mutate
+FAULTS = {
+    "report/explorer.js": (
+        ("steps near the top are narrower", "const STEP = 1.5 / 128", "const STEP = 1.2 / 128"),
+        (
+            "heads read one another's rows",
+            "(Math.min(head, heads - 1) * queries + Math.min(query, queries - 1))",
+            "(Math.min(query, queries - 1) * heads + Math.min(head, heads - 1))",
+        ),
+        ("the sum is not looked at", "(two ? Math.min(highest, sum - other) : highest)", "highest"),
+        ("the denominator is that of the sum", "first && second ? 4 : first ? 2 : 5", "two ? 4 : 2"),
+        ("signed codes count from zero", "? 128 : 0;", "? 0 : 0;"),
+        ("repeated slots hide one another", "scores ? Math.max(out[to], value) : out[to] + value", "value"),
+        ("the mean is a sum", "value / (scores ? seen[j] : images)", "value"),
+        ("class tokens shift the query", "row: prefix + i * across + j,", "row: i * across + j,"),
+        ("rows and columns of the query change places", "prefix + r * width + c", "prefix + c * width + r"),
+        ("arrow keys move two tokens", "const far = event.shiftKey ? 4 : 1;", "const far = event.shiftKey ? 4 : 2;"),
+        ("distances forget the step of pooled sources", "origin[0] + step[0] * r - at[0]", "origin[0] + r - 2 * at[0]"),
+        ("entropy is in nats", "bits -= size * Math.log2(size)", "bits -= size * Math.log(size)"),
+        (
+            "a map's own largest weight sets the colour of all",
+            'if (state.scale === "all" && !own.scores) high = most;',
+            "",
+        ),
+        ("layers do not share a scale", 'state.scale === "map" ? own.ranges[head]', "true ? own.ranges[head]"),
+        (
+            "what is not read has the colour of little",
+            "if (value !== value) out[j] = 0;",
+            "if (value !== value) out[j] = up[0];",
+        ),
+        (
+            "orange adds",
+            "(value < 0 ? (overlaid ? less : down) : overlaid ? more : up)",
+            "(value > 0 ? (overlaid ? less : down) : overlaid ? more : up)",
+        ),
+        ("the mark is half a token off", "(place - 0.5 - start) / each + 0.5", "(place - start) / each + 0.5"),
+        ("ellipses are turned the other way", "Math.atan2(-2 * b, a - c)", "Math.atan2(2 * b, a - c)"),
+        (
+            "ellipses are turned a quarter",
+            "rx: MASS / Math.sqrt(small), ry: MASS / Math.sqrt(large)",
+            "rx: MASS / Math.sqrt(large), ry: MASS / Math.sqrt(small)",
+        ),
+        (
+            "centres have rows for columns",
+            'cx="${(column * unit).toFixed(2)}" cy="${(row * unit).toFixed(2)}"',
+            'cx="${(row * unit).toFixed(2)}" cy="${(column * unit).toFixed(2)}"',
+        ),
+        (
+            "names are read as HTML",
+            'byId("read").replaceChildren(...parts);',
+            'byId("read").innerHTML = parts.map((p) => p.outerHTML ?? p).join("");',
+        ),
+        ("the live region says nothing", 'byId("say").textContent =', "const nothing ="),
+    ),
+    "report/explorer.py": (
+        ("text may end the element that holds it", 'text.replace("<", "\\\\u003c")', "text"),
+        (
+            "long indices are cut",
+            "values.astype(np.int16) if values.max(initial=0) < 2**15 else values",
+            "values.astype(np.int8)",
+        ),
+        (
+            "blocks are not compressed",
+            "p.compress(content) + p.flush() for p in packed), key=len",
+            "content for p in packed), key=len",
+        ),
+        ("the worst error is the best", "worst=max(layer.error", "worst=min(layer.error"),
+        ("what is missing is not said", "refused=refused or {},", "refused={},"),
+        ("sampling is not said", "if layer.stride > 1],", "if layer.stride > 99],"),
+    ),
+}

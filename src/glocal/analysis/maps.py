@@ -288,7 +288,5 @@ def _ellipses(mixer: Any) -> tuple[np.ndarray | None, np.ndarray | None]:
 
     if not isinstance(mixer, QuadraticScores) or mixer.rank != 2:
         return None, None
-    spreads = mixer._spreads().detach().double().cpu()
-    spreads = torch.diag_embed(spreads) if spreads.dim() == 2 else spreads
     centers = mixer.attention_centers.detach().double().cpu()
-    return centers.numpy(), (spreads @ spreads.mT).numpy()
+    return centers.numpy(), mixer.precision().detach().double().cpu().numpy()

@@ -65,7 +65,9 @@ def explore_command(name: str, arguments: Sequence[str]) -> int:
 
 
 def _lesson() -> str:
-    return import_module("glocal.report.lesson").lesson_page()
+    from glocal.report.lesson import lesson_page
+
+    return lesson_page()
 
 
 def _page(command: "ExploreCommand") -> tuple[str, str]:
@@ -168,17 +170,15 @@ def _epochs(path: Path) -> list[dict[str, Any]]:
 
 
 def _of_ours(command: "ExploreCommand", name: str) -> _Loaded:
-    try:
-        create = import_module("glocal.models").create_model
-    except (ImportError, AttributeError):
-        raise UserError(f"{name!r}: no such run or model; give the folder of a run, or 'timm:NAME'") from None
     import torch
+
+    from glocal.models import create_model
 
     with torch.random.fork_rng():
         torch.manual_seed(command.seed)
-        model = create(name)
+        model = create_model(name)
     size = getattr(model, "img_size", 32)
-    in_chans = getattr(model, "in_chans", None) or getattr(getattr(model, "patch_embed", None), "in_chans", 3)
+    in_chans = int(getattr(model, "in_chans", 0) or getattr(getattr(model, "patch_embed", None), "in_chans", 3))
     return _with_weights(command, model, name, in_chans, (size, size) if isinstance(size, int) else tuple(size))
 
 
