@@ -32,11 +32,12 @@ class Net(nn.Module):
         self.strided = glocal.build("Convolution(kernel_size=3, stride=2)", 24)
         for parameter in self.parameters():
             parameter.data.add_(0.5 * torch.randn_like(parameter))
+        self.own = glocal.build("InhomogeneousDepthwiseConv(kernel_size=3, num_groups=4)", 24)
 
     def forward(self, x):
         self.content(torch.cat([x.mean((1, 2))[:, None], x.flatten(1, 2)], 1), grid=GRID)
         self.both(x), self.places(x), self.conv(torch.cat([x, -x], -1)), self.window(x), self.pooled(x)
-        return self.strided(x)
+        return self.strided(x), self.own(x)
 
 
 @pytest.fixture(scope="module")
@@ -417,7 +418,6 @@ FAULTS = {
         ("the sum is not looked at", "(two ? Math.min(highest, sum - other) : highest)", "highest"),
         ("the denominator is that of the sum", "first && second ? 4 : first ? 2 : 5", "two ? 4 : 2"),
         ("signed codes count from zero", "? 128 : 0;", "? 0 : 0;"),
-        ("repeated slots hide one another", "scores ? Math.max(out[to], value) : out[to] + value", "value"),
         ("the mean is a sum", "value / (scores ? seen[j] : images)", "value"),
         ("class tokens shift the query", "row: prefix + i * across + j,", "row: i * across + j,"),
         ("rows and columns of the query change places", "prefix + r * width + c", "prefix + c * width + r"),
