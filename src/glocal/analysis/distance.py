@@ -21,8 +21,7 @@ def mean_distance(aggregation: Aggregation) -> Tensor:
         size = a.weights.abs().expand(-1, -1, a.num_queries, -1)
         away = (places[:, None] - sources[None]).norm(dim=-1)  # [N, M]
     else:
-        size = torch.where(a.index < 0, 0, a.weights.abs())
-        size, index = torch.broadcast_tensors(size, a.index)
+        size, index = torch.broadcast_tensors(a.weights.abs(), a.index)  # 0 in slots outside: `coalesce` sees to it
         away = (places[:, None] - sources[index.clamp(min=0)]).norm(dim=-1)
     away = away.to(size.dtype)
     placed = ~away.isnan()

@@ -13,7 +13,5 @@ def entropy(aggregation: Aggregation) -> Tensor:
     """
     a = aggregation.coalesce()
     size = a.weights.abs().expand(-1, -1, a.num_queries, -1)
-    if a.index is not None:
-        size = torch.where(a.index < 0, 0, size)
     share = size / size.sum(-1, keepdim=True)
     return -torch.xlogy(share, share).sum(-1) / torch.log(torch.tensor(2.0, dtype=share.dtype))
