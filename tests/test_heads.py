@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 FAULTS = {
     "analysis/heads.py": (
         ("spreads are told for precisions", "module.precision().tolist()", "module.attention_spreads.tolist()"),
-        ("names are those of classes", "        name: {", "        type(module).__name__: {"),
+        ("names are those of classes", "found[name] = {", "found[type(module).__name__] = {"),
     ),
     ("mixers/_quadratic.py", "test_heads.py"): (
         ("the precision that is told is S^T S", "return spreads @ spreads.mT", "return spreads.mT @ spreads"),
@@ -86,6 +86,22 @@ def test_heads_of_a_model():
         precision = torch.tensor(heads["precision"])
         assert precision.shape == (mixer.num_heads, mixer.rank, mixer.rank)
         assert_close(scores, -0.5 * torch.einsum("gnmi,gij,gnmj->gnm", distance, precision, distance))
+
+
+@pytest.mark.parametrize("axis_spreads", [False, True])
+def test_heads_of_a_converted_convolution(axis_spreads):
+    mixer = glocal.build(f"PaddedQuadraticAttention(kernel_size=3, padding=1, axis_spreads={axis_spreads})", 4)
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.normal_()
+    heads = json.loads(json.dumps(quadratic_heads(nn.Sequential(mixer))))["0"]
+    scores = mixer.scores(torch.zeros(1, 4, 5, 4))["position"][0].detach()
+    queries = torch.cartesian_prod(torch.arange(4), torch.arange(5)).float()
+    places = torch.cartesian_prod(torch.arange(-1, 5), torch.arange(-1, 6)).float()
+    distance = places[None] - queries[:, None] - torch.tensor(heads["centers"])[:, None, None]
+    assert_close(
+        scores, -0.5 * torch.einsum("gnmi,gij,gnmj->gnm", distance, torch.tensor(heads["precision"]), distance)
+    )
 
 
 def test_a_run_tells_its_heads_every_epoch(tmp_path):

@@ -14,13 +14,19 @@ With an average of the weights (`ema`), it is the average's heads that are told,
 
 from torch import nn
 
+from glocal.mixers import PaddedQuadraticAttention
 from glocal.mixers._quadratic import QuadraticScores
 
 
 def quadratic_heads(model: nn.Module) -> dict[str, dict[str, list]]:
     """Centres [heads, rank] and precision [heads, rank, rank] of every quadratic attention, by module name."""
-    return {
-        name: {"centers": module.attention_centers.tolist(), "precision": module.precision().tolist()}
-        for name, module in model.named_modules()
-        if isinstance(module, QuadraticScores)
-    }
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuadraticScores):
+            centres = module.attention_centers
+        elif isinstance(module, PaddedQuadraticAttention):
+            centres = module.centers
+        else:
+            continue
+        found[name] = {"centers": centres.tolist(), "precision": module.precision().tolist()}
+    return found

@@ -92,6 +92,11 @@ class PaddedQuadraticAttention(PaddedAttention):
     def weights(self, x: Tensor, *, valid: Tensor | None = None, queries: Tensor | None = None) -> Aggregation:
         return self._over_places(x, valid, queries)
 
+    def precision(self) -> Tensor:
+        """The inverse covariance of each head, in tokens of x to the power -2: [K, rank, rank]."""
+        spreads = self.spreads if self.axis_spreads else self.spreads[:, None].expand_as(self.centers)
+        return torch.diag_embed(spreads.square())
+
     def _scores_along(self, axis: int, offset: Tensor, heads: Chosen) -> Tensor:
         ones = [1] * offset.dim()
         centre, spread = (precise(p[heads]).view(-1, *ones) for p in self._places(axis).unbind(1))
