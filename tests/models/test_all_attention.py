@@ -26,13 +26,13 @@ FAULTS = {
         ("channels of a token's pixels count first", "permute(0, 2, 4, 3, 5, 1)", "permute(0, 2, 4, 1, 3, 5)"),
         (
             "height and width are completed for each other",
-            "-x.shape[3] % p, 0, -x.shape[2] % p",
-            "-x.shape[2] % p, 0, -x.shape[3] % p",
+            "(0, w * p - x.shape[3], 0, h * p - x.shape[2])",
+            "(0, h * p - x.shape[2], 0, w * p - x.shape[3])",
         ),
         (
             "the border is completed above and on the left",
-            "(0, -x.shape[3] % p, 0, -x.shape[2] % p)",
-            "(-x.shape[3] % p, 0, -x.shape[2] % p, 0)",
+            "(0, w * p - x.shape[3], 0, h * p - x.shape[2])",
+            "(w * p - x.shape[3], 0, h * p - x.shape[2], 0)",
         ),
         ("norms have PyTorch's eps", "self.norm1 = nn.LayerNorm(dim, eps=1e-12)", "self.norm1 = nn.LayerNorm(dim)"),
         (
@@ -45,7 +45,13 @@ FAULTS = {
         ("the map after the heads is left out", "self.drop(self.proj(self.attn(x)))", "self.drop(self.attn(x))"),
         ("there is no dropout after attention", "self.drop(self.proj(self.attn(x)))", "self.proj(self.attn(x))"),
         ("there is no dropout after the MLP", "self.drop(self.mlp(x))", "self.mlp(x)"),
-        ("no layer is ever skipped", "drop_path=rate,", "drop_path=0,"),
+        ("no layer is ever skipped", "drop_path=last * i / max(1, depth - 1),", "drop_path=0,"),
+        ("the last layer is skipped less than asked", "max(1, depth - 1)", "depth"),
+        (
+            "sizes are said as torch.export cannot follow",
+            "h, w = ((n + p - 1) // p for",
+            "h, w = ((n + -n % p) // p for",
+        ),
         ("the head takes the first token", "x.flatten(1, -2).mean(1)", "x.flatten(1, -2)[:, 0]"),
         (
             "tables are made for pixels",
@@ -372,6 +378,32 @@ def test_layers_may_be_skipped():
     norms = torch.nn.functional.layer_norm(x, (DIM,), eps=1e-12)
     assert_close(model.blocks[1](x), norms)  # a norm of a norm is that norm
     assert not torch.allclose(model.blocks[0](x), norms)
+
+
+def test_layers_are_skipped_more_often_further_on():
+    model = glocal.create_model("all_attention_quadratic", drop_path_rate=0.2, **{**SMALL, "depth": 3})
+    assert [block.drop_path.rate for block in model.blocks] == [0, 0.1, 0.2]
+    one = glocal.create_model("all_attention_quadratic", drop_path_rate=0.2, **{**SMALL, "depth": 1})
+    assert one.blocks[0].drop_path.rate == 0
+
+
+@pytest.mark.parametrize("name", ["all_attention_quadratic", "all_attention_learned_content"])
+def test_is_exported_for_any_image(name):
+    """Odd sizes, too, which zeros complete: one program for all."""
+    model = glocal.create_model(name, img_size=10, **{**SMALL, "depth": 1}).eval()
+    sides = {2: torch.export.Dim("height", min=4, max=512), 3: torch.export.Dim("width", min=4, max=512)}
+    program = torch.export.export(model, (torch.randn(2, 3, 30, 26),), dynamic_shapes=(sides,)).module()
+    for height, width in ((32, 32), (31, 14), (20, 33), (7, 9)):
+        image = torch.randn(2, 3, height, width)
+        assert_close(program(image), model(image))
+
+
+def test_is_compiled_whole():
+    model = glocal.create_model("all_attention_generalized", **{**SMALL, "depth": 1}).eval()
+    whole = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    for height, width in ((8, 6), (7, 9)):
+        image = torch.randn(2, 3, height, width)
+        assert_close(whole(image), model(image))
 
 
 def test_methods_that_users_of_timm_know():

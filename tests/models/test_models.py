@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import glocal
+from glocal import models
 from glocal.models.all_attention import AllAttention
 
 ALL_ATTENTION = [
@@ -22,7 +23,8 @@ FAULTS = {
         ("what the text says is dropped", "{**arguments, **own}", "arguments"),
         ("an unknown keyword says what Python says", "if key not in valid:", "if False:"),
         ("an error does not say of which model", 'raise ValueError(f"{name}: {error}") from error', "raise"),
-        ("weights are not loaded", "if pretrained is not None:", "if False:"),
+        ("weights are not loaded", "if pretrained is not None and pretrained is not False:", "if False:"),
+        ("False is taken for a path", "pretrained is not None and pretrained is not False", "pretrained is not None"),
     ),
     "spec.py": (
         ("values of models may be any expression", 'other else "number, text or tuple"', 'other else "literal"'),
@@ -88,8 +90,22 @@ def test_arguments_may_stand_in_the_text():
         ("all_attention_learned", {"patch_size": 0}, "^all_attention_learned: patch_size: 0"),
         ("all_attention_learned", {"img_size": (4, 4, 4)}, "^all_attention_learned: img_size: "),
         ("all_attention_learned", {"drop_rate": 1}, "^all_attention_learned: drop_rate: 1, must be"),
-        ("all_attention_learned", {"drop_path_rate": 1.5, "depth": 2}, "^all_attention_learned: drop_path"),
-        ("all_attention_learned", {"mlp_ratio": "two"}, "^all_attention_learned: cannot be built: "),
+        ("all_attention_learned", {"drop_rate": "half"}, "^all_attention_learned: drop_rate: 'half', must be a number"),
+        (
+            "all_attention_learned",
+            {"drop_path_rate": 1.5, "depth": 2},
+            "^all_attention_learned: drop_path_rate: 1.5, must",
+        ),
+        ("all_attention_learned", {"drop_path_rate": 2, "depth": 1}, "^all_attention_learned: drop_path_rate: 2, must"),
+        ("all_attention_learned", {"drop_path_rate": "1"}, "^all_attention_learned: drop_path_rate: '1', must"),
+        ("all_attention_learned", {"mlp_ratio": "two"}, "^all_attention_learned: mlp_ratio: 'two', must be a number"),
+        (
+            "all_attention_learned",
+            {"mlp_ratio": 0},
+            "^all_attention_learned: mlp_ratio: 0, must be a number that makes dim 400 one",
+        ),
+        ("all_attention_learned", {"mlp_ratio": -1}, "^all_attention_learned: mlp_ratio: -1, must"),
+        ("all_attention_learned(mlp_ratio=1e999)", {}, "^all_attention_learned: mlp_ratio: inf, must"),
         ("all_attention_learned(", {}, r"^spec: 'all_attention_learned\(' cannot be read"),
         ("all_attention_learned(8)", {}, "arguments must be named"),
         ("all_attention_learned(dim=8, dim=9)", {}, "keyword argument repeated|dim is given twice"),
@@ -104,9 +120,18 @@ def test_what_is_refused(name, arguments, message):
     assert "\n" not in str(error.value)
 
 
+def test_what_python_says_is_said_of_the_model(monkeypatch):
+    monkeypatch.setitem(models._MODELS, "odd", lambda width=2: width + "")
+    with pytest.raises(ValueError, match=r"^odd: cannot be built: unsupported operand"):
+        glocal.create_model("odd")
+
+
 def test_weights_are_loaded_by_name(tmp_path):
     torch.manual_seed(1)
     one = glocal.create_model("all_attention_quadratic", **SMALL)
     torch.save(one.state_dict(), tmp_path / "one.pth")
     other = glocal.create_model("all_attention_quadratic", tmp_path / "one.pth", **SMALL)
+    assert all(torch.equal(other.state_dict()[key], value) for key, value in one.state_dict().items())
+    torch.manual_seed(1)
+    other = glocal.create_model("all_attention_quadratic", pretrained=False, **SMALL)  # as timm's users write
     assert all(torch.equal(other.state_dict()[key], value) for key, value in one.state_dict().items())

@@ -26,6 +26,8 @@ FAULTS = (
         '= ("model.safetensors", "weights',
         '= ("pytorch_model.bin", "model.safetensors", "weights',
     ),
+    ("a model on meta stays empty", "assign=meta", "assign=False"),
+    ("a model on meta takes the file's precision", "t.to(own[k].dtype)", "t"),
     ("True is a path", "if isinstance(where, bool):", "if False:"),
 )
 
@@ -64,6 +66,16 @@ def test_the_official_file(tmp_path, weights):
     loads(tmp_path / "final.pth", weights)
     save_file({key: value.contiguous() for key, value in official.items()}, tmp_path / "final.safetensors")
     loads(tmp_path / "final.safetensors", weights)
+
+
+def test_a_model_without_memory_takes_the_file(tmp_path, weights):
+    halves = {key: value.half() for key, value in weights.items()}
+    torch.save({"state_dict": to_official(halves)}, tmp_path / "half.pth")
+    with torch.device("meta"):
+        model = glocal.create_model(NAME, tmp_path / "half.pth", **SMALL)
+    for key, parameter in model.named_parameters():
+        assert parameter.requires_grad and torch.equal(parameter, halves[key].float())
+    assert model(torch.randn(1, 3, 6, 6)).isfinite().all()
 
 
 def test_a_file_that_holds_code_is_refused(tmp_path):

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -24,7 +24,7 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(fnmatch.filter(_MODELS, pattern))
 
 
-def create_model(name: str, pretrained: str | Path | None = None, **arguments: Any) -> nn.Module:
+def create_model(name: str, pretrained: str | Path | Literal[False] | None = None, **arguments: Any) -> nn.Module:
     """Builds a published architecture: images [B, in_chans, H, W] -> scores [B, num_classes].
 
     Args:
@@ -32,7 +32,7 @@ def create_model(name: str, pretrained: str | Path | None = None, **arguments: A
             where values are literals. What stands there counts more than a keyword.
         pretrained: weights to load, all of them: a file (safetensors; .pth and the like, of which only tensors are
             read), a folder that holds one, or the id "owner/name" of a model on the Hugging Face hub, which is then
-            downloaded. Names as here or as in the official release.
+            downloaded. Names as here or as in the official release. None or, as in timm, False: random weights.
         **arguments: as the family's class has them: num_classes, in_chans, img_size, drop_path_rate and its own.
 
     Raises:
@@ -54,6 +54,6 @@ def create_model(name: str, pretrained: str | Path | None = None, **arguments: A
         raise ValueError(f"{name}: cannot be built: {error}") from error
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    if pretrained is not None:
+    if pretrained is not None and pretrained is not False:
         import_module("glocal.models.pretrained").load(model, pretrained)
     return model

@@ -3,13 +3,13 @@
 B images, C channels, H W pixels, h w tokens, p pixels along a side of a token, D channels of a token.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
-from glocal.arguments import per_axis, positive
+from glocal.arguments import per_axis, positive, rate
 from glocal.blocks import DropPath, Mlp
 from glocal.operator import undecayed_parts
 from glocal.spec import build
@@ -31,8 +31,9 @@ class SpaceToDepth(nn.Module):
         if x.dim() != 4 or x.shape[1] != self.in_chans:
             raise ValueError(f"x has shape {tuple(x.shape)}; this network takes images [B, {self.in_chans}, H, W]")
         p = self.patch_size
-        x = nn.functional.pad(x, (0, -x.shape[3] % p, 0, -x.shape[2] % p))
-        x = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # [B, C, h, p, w, p]
+        h, w = ((n + p - 1) // p for n in x.shape[2:])  # said in sizes that torch.export can follow
+        x = nn.functional.pad(x, (0, w * p - x.shape[3], 0, h * p - x.shape[2]))
+        x = x.unflatten(3, (w, p)).unflatten(2, (h, p))  # [B, C, h, p, w, p]
         return self.proj(x.permute(0, 2, 4, 3, 5, 1).flatten(3))
 
 
@@ -122,21 +123,22 @@ class AllAttention(nn.Module):
         super().__init__()
         for name, value in (("num_classes", num_classes), ("in_chans", in_chans), ("depth", depth), ("dim", dim)):
             positive(name, value)
-        if not 0 <= drop_rate < 1:
-            raise ValueError(f"drop_rate: {drop_rate}, must be 0 or more and below 1")
+        if isinstance(mlp_ratio, bool) or not isinstance(mlp_ratio, int | float) or not 1 <= dim * mlp_ratio < math.inf:
+            raise ValueError(f"mlp_ratio: {mlp_ratio!r}, must be a number that makes dim {dim} one channel or more")
+        rate("drop_rate", drop_rate)
+        last = rate("drop_path_rate", drop_path_rate)
         grid = tuple(-(-n // positive("patch_size", patch_size)) for n in per_axis("img_size", img_size, 2))
         self.num_classes, self.num_features = num_classes, dim
         self.patch_embed = SpaceToDepth(in_chans, dim, patch_size)
-        rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(
             PostNormBlock(
                 dim,
                 build(mixer, dim, num_heads=num_heads, grid_size=grid, clip_offsets=True),
                 mlp_ratio=mlp_ratio,
                 drop=drop_rate,
-                drop_path=rate,
+                drop_path=last * i / max(1, depth - 1),
             )
-            for rate in rates
+            for i in range(depth)
         )
         self.head = nn.Linear(dim, num_classes)
 

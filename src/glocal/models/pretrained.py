@@ -17,7 +17,8 @@ def load(model: nn.Module, where: str | Path) -> None:
     """Gives a model of `glocal.models` all of its weights.
 
     Args:
-        model: what `create_model` builds; its family's file in `glocal.models.keys` knows the official names.
+        model: what `create_model` builds, under torch.device("meta") or not; its family's file in `glocal.models.keys`
+            knows the official names.
         where: see `weights_file`.
 
     Raises:
@@ -35,7 +36,9 @@ def load(model: nn.Module, where: str | Path) -> None:
             raise CheckpointError(f"{file}: weights of another network: {error}") from error
     if (wrong := _difference(own, found)) is not None:
         raise CheckpointError(f"{file}: weights of another network: {wrong}")
-    model.load_state_dict(found)
+    # a model without memory, made under torch.device("meta"), takes the tensors themselves
+    meta = any(tensor.is_meta for tensor in own.values())
+    model.load_state_dict({k: t.to(own[k].dtype) for k, t in found.items()} if meta else found, assign=meta)
 
 
 def weights_file(where: str | Path) -> Path:
