@@ -437,6 +437,41 @@ def test_things_to_try(lesson):
     assert "Nearly exact" in lesson.inner_text("#said")
 
 
+def test_without_places_outside_the_middle_is_spoken_of_as_it_is(lesson):
+    choose(lesson, kernel="random", size=5, dilation=2, border="none")
+    for alpha, head, said in ((46, None, "said-none"), (1, None, "said-both"), (46, "[-3.5, -4]", "said-both")):
+        set_alpha(lesson, alpha)
+        if head:
+            lesson.evaluate(f"moveCentre(0, {head})")
+        assert lesson.inner_text("#said") == WORDS["en"][said]
+        assert (seen(lesson)["errors"][4:7, 4:7].max() < 1e-12) == (said == "said-none")
+
+
+def test_what_rounds_to_zero_has_no_sign(lesson):
+    choose(lesson, kernel="sharpen")
+    lesson.evaluate("moveQuery(0, 0)")  # the first head looks outside; its weight is below zero
+    assert lesson.inner_text("#head-product") == "−0.0625 × 0.0000 = 0.0000"
+    assert lesson.evaluate("[-0.00004, -0.004, 0, -10, 3].map((each) => signedNumber(each, 3))") == [
+        "0.000", "−0.004", "0.000", "−10.000", "3.000",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("border", "alpha"), [("zeros", 0.1), ("zeros", 1), ("none", 0.3)])
+def test_bars_are_the_heads_share_of_each_column(lesson, border, alpha):
+    choose(lesson, border=border)
+    set_alpha(lesson, alpha)
+    lesson.evaluate("moveQuery(5, 2); moveCentre(3, [0.3, -1.2])")
+    got = seen(lesson)
+    side = torch.arange(11 if border == "none" else 13, dtype=torch.float64) - int(border != "none")
+    scores = -got["alpha"] * ((side[:, None] - 5.3) ** 2 + (side - 0.8) ** 2)
+    shares = torch.softmax(scores.flatten(), 0).view_as(scores).sum(0)
+    bars = lesson.evaluate("[...document.querySelectorAll('#bell rect')].map((e) => e.getAttribute('height') / 116)")
+    columns = [2 - 1 + i - 4 for i in range(9)]  # of nine bars the middle one is nearest to the centre
+    at = {int(place): share for place, share in zip(side, shares.tolist(), strict=True)}
+    assert bars == pytest.approx([at.get(column, 0) for column in columns], abs=1e-12)
+    assert sum(bar == 0 for bar in bars) == (3 if border == "none" else 2)
+
+
 def test_alpha_is_moved_by_keys(lesson):
     lesson.focus("#alpha")
     lesson.keyboard.press("ArrowLeft")
@@ -500,6 +535,27 @@ def test_the_readers_own_language_comes_first(open_page):
     assert page.inner_text("h1") == WORDS["en"]["title"]
 
 
+@pytest.mark.parametrize("width", [320, 390, 1200])
+def test_nothing_moves_when_another_sentence_is_said(open_page, width):
+    page = open_page(lesson_page(), reduced_motion="reduce", viewport={"width": width, "height": 800})
+    for language in WORDS:
+        page.evaluate(f"location.hash = '{language}'")
+        page.wait_for_function(f"document.title == {WORDS[language]['title']!r}")
+        tops, said = set(), set()
+        for way in (
+            "setAlpha(46)",
+            "setAlpha(12)",
+            "setAlpha(1)",
+            "moveCentre(0, [-0.5, -1])",
+            "choose({border: 'none'})",
+        ):
+            page.evaluate(way)
+            said.add(page.inner_text("#said"))
+            tops.add(page.evaluate("at('look').getBoundingClientRect().top + scrollY"))
+        assert len(said) == 5 and len(tops) == 1
+        page.evaluate("choose({border: 'zeros'}, true)")
+
+
 @pytest.mark.parametrize("width", [320, 390, 800])
 def test_nothing_is_wider_than_a_phone(open_page, width):
     page = open_page(lesson_page(), reduced_motion="reduce", viewport={"width": width, "height": 800})
@@ -535,7 +591,8 @@ def test_everything_that_can_be_used_has_a_name(lesson):
     )
     assert not unnamed
     small = lesson.evaluate(
-        "[...document.querySelectorAll('button:not([hidden]), select')].filter((e) => e.offsetHeight < 24).length"
+        "[...document.querySelectorAll('button:not([hidden]), select, input')]"
+        ".filter((e) => e.offsetHeight < 24).length"
     )
     assert small == 0
 
@@ -610,6 +667,12 @@ FAULTS = {
         ),
         ("the scale of differences ends early", "Math.log10(error / FLOOR) / 16", "Math.log10(error / FLOOR) / 8"),
         ("both marks of the chart stand on the difference", "y(now[name])", "y(now.error)"),
+        (
+            "bars are those of a picture without end",
+            "weights = softmaxAlong(places, query",
+            "weights = softmaxAlong(places.map((p) => 2 * p), query",
+        ),
+        ("zero has a sign", '.replace(/^−(?=[0.]+$)/, "")', ""),
         ("powers of ten lose their sign", 'replace("-", "−")', 'replace("-", "")'),
     ),
     "report/lesson.js": (
@@ -619,6 +682,9 @@ FAULTS = {
             "signedNumber(attended[row][column], 6)",
             "signedNumber(convolved[row][column], 6)",
         ),
+        ("there is room for short sentences only", "Math.max(...heights)}px", "Math.min(...heights)}px"),
+        ("the middle is always called exact", 'inMiddle() < 1e-12 ? "said-none"', 'inMiddle() < 9 ? "said-none"'),
+        ("the border counts as the middle", "queries[o] + taps[0] >= 0 &&", "queries[o] >= 0 &&"),
         ("the chosen head may be one that is gone", "Math.min(state.head, state.centres.length - 1)", "state.head"),
         ("playing again leaves the output filled", "state.reached = 0;", ""),
         ("it never stops at the end", "return play(false);\n      moveQuery", "return play(true);\n      moveQuery"),

@@ -17,7 +17,6 @@ const later = {}; // timers
 
 /** Words of the present language, with {names} filled in. */
 const say = (key, values = {}) => WORDS[language][key].replace(/\{(\w+)\}/g, (_, name) => values[name]);
-const signedNumber = (value, digits) => minus(value.toFixed(digits));
 
 // What follows from the state
 
@@ -84,7 +83,8 @@ function show() {
     paintHead(pen, width, picture, geometry, maps[h], here, centres[h], weights[h]),
   );
   showNumbers(reads, maps);
-  drawBell(at("bell"), centres[head][1], alpha, { offset: say("offset") });
+  const along = { places: geometry.places, query: here[1], centre: centres[head][1], alpha };
+  drawBell(at("bell"), along, { offset: say("offset") });
   showPrice();
 }
 
@@ -149,10 +149,27 @@ function showNumbers(reads, maps) {
 
 /** Which sentence fits what is seen, and its colour. */
 function told() {
-  if (state.border === "none" && state.size > 1) return ["said-none", "c6"];
+  if (state.border === "none" && state.size > 1) return [inMiddle() < 1e-12 ? "said-none" : "said-both", "c6"];
   if (moved()) return ["said-moved", "c5"];
   if (result.error < 1e-12) return ["said-exact", "c3"];
   return result.error < 1e-3 ? ["said-near", "c3"] : ["said-soft", "c5"];
+}
+
+/** Room for the longest sentence, so that nothing moves under a finger when another one is said. */
+function makeRoom() {
+  const box = at("said");
+  box.style.minHeight = 0;
+  const heights = Object.keys(WORDS[language])
+    .filter((key) => key.startsWith("said-"))
+    .map((key) => ((box.textContent = say(key)), box.getBoundingClientRect().height));
+  box.style.minHeight = `${Math.max(...heights)}px`;
+}
+
+/** The largest difference where the window lies in the picture. */
+function inMiddle() {
+  const { queries, taps } = result.geometry;
+  const within = (o) => queries[o] + taps[0] >= 0 && queries[o] + taps.at(-1) < SIDE;
+  return Math.max(...result.errors.flatMap((line, i) => line.filter((_, j) => within(i) && within(j))));
 }
 
 function showPrice() {
@@ -170,7 +187,8 @@ function present() {
   const [row, column] = state.query;
   return say("spoken", {
     row: row + 1, column: column + 1,
-    convolution: result.convolved[row][column].toFixed(4), attention: result.attended[row][column].toFixed(4),
+    convolution: signedNumber(result.convolved[row][column], 4),
+    attention: signedNumber(result.attended[row][column], 4),
     alpha: state.alpha, error: result.error.toExponential(1), gradient: result.gradient.toExponential(1),
   });
 }

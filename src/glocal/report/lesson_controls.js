@@ -116,7 +116,7 @@ function listen() {
     });
   for (const seen of [matchMedia("(prefers-color-scheme: dark)"), matchMedia("print")])
     seen.addEventListener("change", () => (palette.clear(), show()));
-  new ResizeObserver(show).observe(at("window"));
+  new ResizeObserver(() => (makeRoom(), show())).observe(at("window"));
   addEventListener("hashchange", speak);
 }
 
@@ -135,6 +135,7 @@ function speak() {
   for (const element of document.querySelectorAll("[data-label]")) element.ariaLabel = say(element.dataset.label);
   for (const link of document.querySelectorAll("[data-language]"))
     link.ariaCurrent = link.dataset.language === language ? "true" : null;
+  makeRoom();
   show();
 }
 

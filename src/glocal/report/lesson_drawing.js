@@ -220,18 +220,20 @@ function drawPrice(svg, curve, now, words) {
   svg.replaceChildren(...parts);
 }
 
-/** Along one axis: the weights of whole pixels as bars, and exp(score) as a line. */
-function drawBell(svg, centre, alpha, words) {
+/** Along one axis: the shares of whole pixels as bars, and exp(score) as a line. */
+function drawBell(svg, { places, query, centre, alpha }, words) {
   const [left, right, top, bottom, reach] = [14, 306, 12, 128, 4];
   const step = (right - left) / (2 * reach + 1);
   const nearest = Math.round(centre);
   const x = (offset) => left + step * (offset - nearest + reach + 0.5);
   const offsets = Array.from({ length: 2 * reach + 1 }, (_, i) => nearest + i - reach);
-  const weights = softmaxAlong(offsets, 0, centre, alpha);
+  const weights = softmaxAlong(places, query, centre, alpha);
+  const shares = new Map(places.map((place, p) => [place - query, weights[p]]));
   const y = (weight) => bottom - (bottom - top) * weight;
   const parts = [shape("line", { class: "axis", x1: left, x2: right, y1: bottom, y2: bottom })];
-  offsets.forEach((offset, i) => {
-    const tall = { x: x(offset) - step * 0.36, width: step * 0.72, y: y(weights[i]), height: bottom - y(weights[i]) };
+  offsets.forEach((offset) => {
+    const share = shares.get(offset) ?? 0; // beyond the border there is no place
+    const tall = { x: x(offset) - step * 0.36, width: step * 0.72, y: y(share), height: bottom - y(share) };
     parts.push(shape("rect", { class: "f1", opacity: 0.75, ...tall }));
     const name = offset < 0 ? `−${-offset}` : offset;
     parts.push(shape("text", { x: x(offset), y: bottom + 17, "text-anchor": "middle" }, name));
@@ -249,6 +251,9 @@ function drawBell(svg, centre, alpha, words) {
 
 const raised = (power) => String(power).replace(/./g, (sign) => "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"["-0123456789".indexOf(sign)]);
 const minus = (text) => text.replace("-", "−");
+
+/** So many digits; what rounds to 0 has no sign. */
+const signedNumber = (value, digits) => minus(value.toFixed(digits)).replace(/^−(?=[0.]+$)/, "");
 
 /** A kernel's weight. */
 const short = (weight) => {

@@ -67,8 +67,10 @@ _ENGLISH = {
     "the difference fall.",
     "said-none": "Wrong at the border. Heads there find no place outside, but their weights must sum to 1. So they "
     "take the nearest pixels inside. In the middle nothing changes.",
-    "said-moved": "A head has left its cell. Between pixels it reads a mean of its neighbours: something that no "
-    "single cell of a kernel can do. Drag its ring, or use its sliders.",
+    "said-both": "Wrong at the border, where heads find no place outside and take the nearest pixels inside. And not "
+    "exact in the middle: there the heads are too soft, or one has left its cell.",
+    "said-moved": "A head has left its cell. Between pixels it reads a mean of those around it, which no single cell "
+    "of a kernel can do. The sharper it is, the more the nearest pixel counts.",
     # left
     "convolution": "Convolution",
     "window-label": "Picture with the kernel’s window. Arrow keys move the query.",
@@ -90,10 +92,11 @@ _ENGLISH = {
     "look-caption": "What all heads together read. Each ring is a head’s centre: drag it.",
     "attended-label": "Output of attention, as far as it is computed.",
     "heads-label": "Attention maps of the heads. Arrow keys choose one.",
-    "heads-caption": "Where each head looks, and what it is multiplied by. Press one to choose it.",
+    "heads-caption": "Where each head looks, each on its own scale, and what it is multiplied by. Press one to "
+    "choose it.",
     "head": "Head {head}, centre ({down}, {right})",
     "head-reads": "the mean it reads",
-    "head-most": "share of its strongest pixel",
+    "head-most": "share of its strongest place",
     "head-all": "sum over all heads",
     "down": "centre, down",
     "right": "centre, right",
@@ -117,9 +120,9 @@ _ENGLISH = {
     "step-score": "Every head scores every pixel. δ is where the pixel lies, seen from the query; Δ is the head’s "
     "centre. The score falls with the squared distance between them. What the pixels show does not matter.",
     "step-softmax": "The softmax turns scores into weights that sum to 1. The larger α, the more goes to the pixel "
-    "at the centre; its neighbours get exp(−α) of that. Here is the chosen head along one row. Line: exp(score). "
-    "Bars: weights.",
-    "bell-label": "Attention weights of the chosen head along one row of pixels, as bars.",
+    "at the centre; its neighbours get exp(−α) of that. Here is the chosen head from left to right. Line: exp(score). "
+    "Bars: softmax along the row. A pixel’s weight is this share times its share from top to bottom.",
+    "bell-label": "Shares of the chosen head from left to right, as bars.",
     "offset": "δ₂, pixels to the right of the query",
     "step-heads": "One head stands on each cell of the window. What head h reads, the mean of pixels x with "
     "weights a, is multiplied by the kernel’s weight w of its cell. The sum over the heads is the convolution.",
@@ -201,8 +204,10 @@ _CHINESE = {
     "said-soft": "不相等。头太软，每个头读到的是许多像素的平均值。调大 α，看差别如何变小。",
     "said-none": "边界处出错。那里的头在图像外找不到位置，而权重之和必须为 1，于是只好取图像内最近的像素。"
     "图像中间不受影响。",
-    "said-moved": "有一个头离开了自己的格子。它停在像素之间，读的是邻近像素的平均值，这是卷积核的单个格子做不到的。"
-    "可以拖动它的圆圈，或用滑块移动它。",
+    "said-both": "边界处出错：那里的头在图像外找不到位置，只好取图像内最近的像素。图像中间也不精确：头太软，"
+    "或者有一个头离开了自己的格子。",
+    "said-moved": "有一个头离开了自己的格子。停在像素之间时，它读的是中心周围像素的平均值，"
+    "这是卷积核的单个格子做不到的。头越锐利，这个平均值越接近离中心最近的像素。",
     "convolution": "卷积",
     "window-label": "图像与卷积核的窗口。方向键移动查询。",
     "window-caption": "查询周围的窗口。蓝色为加，红色为减。",
@@ -222,10 +227,10 @@ _CHINESE = {
     "look-caption": "所有头合起来读什么。每个圆圈是一个头的中心，可以拖动。",
     "attended-label": "注意力的输出，已计算的部分。",
     "heads-label": "各个头的注意力图。方向键选择一个。",
-    "heads-caption": "每个头看哪里，以及所乘的权重。按一下选择。",
+    "heads-caption": "每个头看哪里（各用自己的色阶），以及所乘的权重。按一下选择。",
     "head": "第 {head} 个头，中心 ({down}, {right})",
     "head-reads": "它读到的平均值",
-    "head-most": "最强的像素所占",
+    "head-most": "最强的位置所占",
     "head-all": "所有头之和",
     "down": "中心，向下",
     "right": "中心，向右",
@@ -246,8 +251,9 @@ _CHINESE = {
     "step-score": "每个头给每个像素打分。δ 是从查询看去像素所在的位置，Δ 是头的中心。两者距离的平方越大，分数越低。"
     "像素的内容不起作用。",
     "step-softmax": "softmax 把分数变成权重，权重之和为 1。α 越大，中心处的像素得到的越多；它的邻居只得到其中的 "
-    "exp(−α)。下面是所选的头沿一行像素的情形：线是 exp(score)，条是权重。",
-    "bell-label": "所选的头沿一行像素的注意力权重，用条形表示。",
+    "exp(−α)。下面是所选的头从左到右的情形：线是 exp(score)，条是沿这一行的 softmax。"
+    "一个像素的权重，是这个份额乘以它从上到下的份额。",
+    "bell-label": "所选的头从左到右的份额，用条形表示。",
     "offset": "δ₂：在查询右边多少个像素",
     "step-heads": "窗口的每个格子上站着一个头。第 h 个头读到的是像素 x 以 a 为权重的平均值，再乘以该格子的核权重 "
     "w。对所有头求和，就是卷积。",
