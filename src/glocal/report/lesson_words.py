@@ -112,9 +112,9 @@ _ENGLISH = {
     "price-alpha": "sharpness α",
     "price-error": "difference",
     "price-gradient": "gradient of a centre",
-    "price": "Exactness has a price. The sharper the heads, the smaller the difference; but the gradient of their "
-    "centres falls like exp(−α), too. Training follows gradients. A head that is exact can no longer be moved by "
-    "training; a softer one can still learn where to look.",
+    "price": "Exactness has a price. With every head on its cell, and places beyond the border, the difference falls "
+    "as the heads get sharper; but the gradient of their centres falls like exp(−α), too. Training follows "
+    "gradients. A head that is exact can no longer be moved by training; a softer one can still learn where to look.",
     # why
     "why": "Why it works",
     "step-score": "Every head scores every pixel. δ is where the pixel lies, seen from the query; Δ is the head’s "
@@ -245,8 +245,8 @@ _CHINESE = {
     "price-alpha": "锐度 α",
     "price-error": "差别",
     "price-gradient": "中心的梯度",
-    "price": "精确是有代价的。头越锐利，差别越小；但中心的梯度也像 exp(−α) 一样下降。训练靠的是梯度：精确的头，"
-    "训练已经移不动了；软一些的头，还能学会该看哪里。",
+    "price": "精确是有代价的。当每个头都在自己的格子上、边界外也有位置时，头越锐利，差别越小；但中心的梯度也像 "
+    "exp(−α) 一样下降。训练靠的是梯度：精确的头，训练已经移不动了；软一些的头，还能学会该看哪里。",
     "why": "为什么可以",
     "step-score": "每个头给每个像素打分。δ 是从查询看去像素所在的位置，Δ 是头的中心。两者距离的平方越大，分数越低。"
     "像素的内容不起作用。",
