@@ -68,7 +68,7 @@ def test_arguments_may_stand_in_the_text():
     text = "all_attention_quadratic(dim=8, num_heads=4, depth=2, drop_rate=0.5)"
     model = glocal.create_model(text, in_chans=1, depth=5)
     assert len(model.blocks) == 2 and model.blocks[0].attn.num_heads == 4
-    assert model.num_features == 8 and model.blocks[0].drop.p == 0.5 and model.patch_embed.in_chans == 1
+    assert model.num_features == 8 and model.blocks[0].drop.p == 0.5 and model.in_chans == 1
     assert len(glocal.create_model(" all_attention_quadratic ( ) ", dim=4, depth=3).blocks) == 3
 
 

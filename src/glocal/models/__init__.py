@@ -6,17 +6,19 @@ What the name leaves open can be given beside it, as keywords or in its text, "a
 
 import fnmatch
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
+from glocal.arguments import flag
 from glocal.models import all_attention
+from glocal.models.classifier import Classifier, FeatureMaps
 from glocal.spec import name_and_literals, nearest
 
-_MODELS: dict[str, Callable[..., nn.Module]] = {**all_attention.MODELS}
+_MODELS: dict[str, Callable[..., Classifier]] = {**all_attention.MODELS}
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -24,7 +26,14 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(fnmatch.filter(_MODELS, pattern))
 
 
-def create_model(name: str, pretrained: str | Path | Literal[False] | None = None, **arguments: Any) -> nn.Module:
+def create_model(
+    name: str,
+    pretrained: str | Path | Literal[False] | None = None,
+    *,
+    features_only: bool = False,
+    out_indices: int | Sequence[int] | None = None,
+    **arguments: Any,
+) -> nn.Module:
     """Builds a published architecture: images [B, in_chans, H, W] -> scores [B, num_classes].
 
     Args:
@@ -33,6 +42,9 @@ def create_model(name: str, pretrained: str | Path | Literal[False] | None = Non
         pretrained: weights to load, all of them: a file (safetensors; .pth and the like, of which only tensors are
             read), a folder that holds one, or the id "owner/name" of a model on the Hugging Face hub, which is then
             downloaded. Names as here or as in the official release. None or, as in timm, False: random weights.
+        features_only: maps of stages instead of scores, a list of [B, C, h, w]; `feature_info` of what is returned
+            says which channels and strides they have.
+        out_indices: which stages, with features_only: a number of last ones, positions (-1 is the last), None for all.
         **arguments: as the family's class has them: num_classes, in_chans, img_size, drop_path_rate and its own.
 
     Raises:
@@ -56,4 +68,8 @@ def create_model(name: str, pretrained: str | Path | Literal[False] | None = Non
         raise ValueError(f"{name}: {error}") from error
     if pretrained is not None and pretrained is not False:
         import_module("glocal.models.pretrained").load(model, pretrained)
+    if flag("features_only", features_only):
+        return FeatureMaps(model, out_indices)
+    if out_indices is not None:
+        raise ValueError(f"{name}: out_indices is {out_indices}, and scores are of no stage; give features_only=True")
     return model

@@ -3,7 +3,6 @@
 B images, C channels, H W pixels, h w tokens, p pixels along a side of a token, D channels of a token.
 """
 
-import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from glocal.arguments import per_axis, positive, rate
 from glocal.blocks import DropPath, Mlp
-from glocal.operator import undecayed_parts
+from glocal.models.classifier import Classifier, drop_path_rates, linear_or_none, mlp_width
 from glocal.spec import build
 
 
@@ -24,12 +23,10 @@ class SpaceToDepth(nn.Module):
 
     def __init__(self, in_chans: int, dim: int, patch_size: int) -> None:
         super().__init__()
-        self.in_chans, self.patch_size = in_chans, patch_size
+        self.patch_size = patch_size
         self.proj = nn.Linear(in_chans * patch_size**2, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(f"x has shape {tuple(x.shape)}; this network takes images [B, {self.in_chans}, H, W]")
         p = self.patch_size
         h, w = ((n + p - 1) // p for n in x.shape[2:])  # said in sizes that torch.export can follow
         x = nn.functional.pad(x, (0, w * p - x.shape[3], 0, h * p - x.shape[2]))
@@ -67,14 +64,14 @@ class PostNormBlock(nn.Module):
         return self.norm2(x + self.drop_path(self.drop(self.mlp(x))))
 
 
-class AllAttention(nn.Module):
+class AllAttention(Classifier):
     """The all-attention network: images [B, in_chans, H, W] -> scores [B, num_classes] by attention to places alone.
 
     Nothing but the mixer knows where a token stands; the head takes the mean over all tokens.
 
     Args:
         mixer: spec of the mixer of every layer, such as "QuadraticAttention"; a model's name fills it in.
-        num_classes: number of scores.
+        num_classes: number of scores; 0: none, the mean over all tokens instead.
         in_chans: channels of an image.
         img_size: pixels a side, or (height, width), that tables of learned offsets are made for; the quadratic
             mixers have none.
@@ -104,6 +101,8 @@ class AllAttention(nn.Module):
     with learned offsets.
     """
 
+    after_stages = ("head",)
+
     def __init__(
         self,
         mixer: str,
@@ -120,15 +119,10 @@ class AllAttention(nn.Module):
         drop_rate: float = 0.1,
         drop_path_rate: float = 0,
     ) -> None:
-        super().__init__()
-        for name, value in (("num_classes", num_classes), ("in_chans", in_chans), ("depth", depth), ("dim", dim)):
-            positive(name, value)
-        if isinstance(mlp_ratio, bool) or not isinstance(mlp_ratio, int | float) or not 1 <= dim * mlp_ratio < math.inf:
-            raise ValueError(f"mlp_ratio: {mlp_ratio!r}, must be a number that makes dim {dim} one channel or more")
+        super().__init__(in_chans=in_chans, num_classes=num_classes, num_features=positive("dim", dim))
+        mlp_width(dim, mlp_ratio)
         rate("drop_rate", drop_rate)
-        last = rate("drop_path_rate", drop_path_rate)
         grid = tuple(-(-n // positive("patch_size", patch_size)) for n in per_axis("img_size", img_size, 2))
-        self.num_classes, self.num_features = num_classes, dim
         self.patch_embed = SpaceToDepth(in_chans, dim, patch_size)
         self.blocks = nn.ModuleList(
             PostNormBlock(
@@ -136,36 +130,19 @@ class AllAttention(nn.Module):
                 build(mixer, dim, num_heads=num_heads, grid_size=grid, clip_offsets=True),
                 mlp_ratio=mlp_ratio,
                 drop=drop_rate,
-                drop_path=last * i / max(1, depth - 1),
+                drop_path=drop_path,
             )
-            for i in range(depth)
+            for drop_path in drop_path_rates(drop_path_rate, [positive("depth", depth)])
         )
-        self.head = nn.Linear(dim, num_classes)
+        for i in range(depth):
+            self.feature_info.append({"num_chs": dim, "reduction": patch_size, "module": f"blocks.{i}"})
+        self.head = linear_or_none(dim, num_classes)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Tokens after the last layer: [B, in_chans, H, W] -> [B, h, w, dim]."""
-        x = self.patch_embed(x)
-        for block in self.blocks:
-            x = block(x)
-        return x
+    def stem(self, x: Tensor) -> Tensor:
+        return self.patch_embed(x)
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Scores of tokens [B, h, w, dim]; with pre_logits the mean that they are made of, [B, dim]."""
-        x = x.flatten(1, -2).mean(1)
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """A new head for another number of classes."""
-        like = self.head.weight
-        self.num_classes = positive("num_classes", num_classes)
-        self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that weight decay leaves alone: centres and spreads of heads."""
-        return undecayed_parts(self)
+    def stages(self) -> Sequence[nn.Module]:
+        return list(self.blocks)
 
 
 # The names are those of the mixers; the runs of the released code call the second one "quadratic-generalized".
