@@ -82,7 +82,7 @@ FAULTS = {
             "found[name] = tensor\n            continue",
         ),
         ("a beginning may end within a word", '+ r"(?=\\.)"', '+ ""'),
-        ("layers are counted by one digit", "(?P<i>\\d+)", "(?P<i>\\d)"),
+        ("layers are counted by one digit", r"(?P<\1>\\d+)", r"(?P<\1>\\d)"),
     ),
 }
 

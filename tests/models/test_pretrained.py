@@ -14,7 +14,7 @@ from glocal.models.keys.all_attention import to_official
 NAME, SMALL = "all_attention_generalized", {"dim": 8, "depth": 2, "num_heads": 2}
 
 FAULTS = (
-    ("official names are unknown", "if not own.keys() & found.keys():", "if False:"),
+    ("official names are unknown", "if source is not None:", "if False:"),
     ("what is missing stays as it was", 'return f"{name} is missing"', "continue"),
     ("shapes are not compared", "if found[name].shape != own[name].shape:", "if False:"),
     ("what is too much is dropped", "for name in found if name not in own), None)", "for name in ()), None)"),
@@ -95,7 +95,11 @@ def test_a_file_that_holds_code_is_refused(tmp_path):
         ),
         (
             lambda w: [w.pop(name) for name in list(w)] and w.update({"conv1.weight": torch.zeros(1)}),
-            "weights of another network: conv1.weight is not one of this family$",
+            "weights of another network: patch_embed.proj.weight is missing$",
+        ),
+        (
+            lambda w: w.update({"classifier.weight": torch.zeros(1)}),
+            "weights of another network: blocks.0.attn.attention_centers is not one of this family$",
         ),
     ],
 )

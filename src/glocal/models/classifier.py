@@ -5,7 +5,7 @@ B images, C channels, H W pixels, h w tokens.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
@@ -153,7 +153,7 @@ class Classifier(nn.Module, ABC):
         return x
 
     def _through(self, stage: nn.Module, x: Tensor) -> Tensor:
-        if hasattr(stage, "grad_checkpointing"):  # one of several blocks, each of which is checkpointed
+        if isinstance(stage, Blocks | Stage):  # each of its blocks is checkpointed
             return stage(x)
         return run(stage, x, checkpointed=self.grad_checkpointing)
 
@@ -167,6 +167,17 @@ class Blocks(nn.Sequential):
         for block in self:
             x = run(block, x, checkpointed=self.grad_checkpointing)
         return x
+
+
+class Stage(nn.Module):
+    """What makes a grid coarser, and blocks: tokens to tokens."""
+
+    def __init__(self, downsample: nn.Module, blocks: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.downsample, self.blocks = downsample, Blocks(*blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(self.downsample(x))
 
 
 def run(block: nn.Module, x: Tensor, *, checkpointed: bool) -> Tensor:
@@ -264,6 +275,18 @@ def mlp_width(dim: int, mlp_ratio: float) -> int:
     if isinstance(mlp_ratio, bool) or not isinstance(mlp_ratio, int | float) or not 1 <= dim * mlp_ratio < math.inf:
         raise ValueError(f"mlp_ratio: {mlp_ratio!r}, must be a number that makes dim {dim} one channel or more")
     return round(dim * mlp_ratio)
+
+
+def per_stage(name: str, value: Sequence[int], count: int | None = None) -> tuple[int, ...]:
+    """One positive number for each of `count` stages, or of as many as there are numbers.
+
+    Raises:
+        ValueError: another number of them.
+    """
+    if not isinstance(value, list | tuple) or len(value) != (count or len(value)) or not value:
+        stages = "stage" if count is None else f"of the {count} stages"
+        raise ValueError(f"{name}: {value!r}, must have one number for each {stages}")
+    return tuple(positive(name, number) for number in value)
 
 
 def linear_or_none(dim: int, num_classes: int) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Weights of published models from a file, a folder or the hub, under our names or the official release's."""
+"""Weights of published models from a file, a folder or the hub, under our names, or another library's or release's."""
 
 import re
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ def load(model: nn.Module, where: str | Path) -> None:
 
     Args:
         model: what `create_model` builds, under torch.device("meta") or not; its family's file in `glocal.models.keys`
-            knows the official names.
+            knows their names elsewhere.
         where: see `weights_file`.
 
     Raises:
@@ -27,13 +27,14 @@ def load(model: nn.Module, where: str | Path) -> None:
     """
     file = weights_file(where)
     found = load_weights(file)
-    own = model.state_dict()
-    if not own.keys() & found.keys():
-        keys = import_module(f"glocal.models.keys.{type(model).__module__.rpartition('.')[2]}")
+    keys = import_module(f"glocal.models.keys.{type(model).__module__.rpartition('.')[2]}")
+    source = next((source for source in keys.SOURCES.values() if source.marker in found), None)
+    if source is not None:
         try:
-            found = keys.from_official(found)
+            found = source.read(found)
         except ValueError as error:
             raise CheckpointError(f"{file}: weights of another network: {error}") from error
+    own = model.state_dict()
     if (wrong := _difference(own, found)) is not None:
         raise CheckpointError(f"{file}: weights of another network: {wrong}")
     # a model without memory, made under torch.device("meta"), takes the tensors themselves

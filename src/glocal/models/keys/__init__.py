@@ -1,9 +1,20 @@
-"""Names of weights elsewhere, one file for each family: `from_official(state)` and `to_official(state)`."""
+"""Names of weights elsewhere, one file for each family, whose `SOURCES` say who else names them, and how."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
+
+_NUMBER = re.compile(r"\\{(\w)\\}")  # {i} as re.escape writes it
+
+
+class Source(NamedTuple):
+    """A library or release with names of its own for a family's weights."""
+
+    marker: str  # a name that every network of the family has there, and none here or in another source
+    read: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]  # theirs to ours
+    write: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]  # ours to theirs
 
 
 def renamed(state: Mapping[str, Tensor], pairs: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
@@ -11,13 +22,13 @@ def renamed(state: Mapping[str, Tensor], pairs: Sequence[tuple[str, str]]) -> di
 
     Args:
         state: tensors by name.
-        pairs: beginnings of names, before and after, up to a dot: ("layer.{i}.dense", "blocks.{i}.proj"), where {i}
-            stands for a number. No beginning fits two names of one network.
+        pairs: beginnings of names, before and after, up to a dot: ("layer.{i}.dense", "blocks.{i}.proj"), where {i},
+            or another letter, stands for a number. The first beginning that fits counts.
 
     Raises:
         ValueError: a name that begins like none of them.
     """
-    patterns = [(re.compile(re.escape(old).replace(r"\{i\}", r"(?P<i>\d+)") + r"(?=\.)"), new) for old, new in pairs]
+    patterns = [(re.compile(_NUMBER.sub(r"(?P<\1>\\d+)", re.escape(old)) + r"(?=\.)"), new) for old, new in pairs]
     found = {}
     for name, tensor in state.items():
         fitting = next(((match, new) for pattern, new in patterns if (match := pattern.match(name))), None)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from glocal.models.keys import renamed
+from glocal.models.keys import Source, renamed
 
 _LAYER = "encoder.layer.{i}"
 _PAIRS = (  # the release's, ours
@@ -48,3 +48,6 @@ def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             place = torch.arange(size)
             found[name.replace("row_embeddings.weight", "relative_indices")] = place - place[:, None] + size - 1
     return found
+
+
+SOURCES = {"official": Source("classifier.weight", from_official, to_official)}
