@@ -34,11 +34,12 @@ FAULTS = {
     "models/parts.py": (
         (
             "height and width are completed for each other",
-            "-x.shape[3] % p, 0, -x.shape[2] % p",
-            "-x.shape[2] % p, 0, -x.shape[3] % p",
+            "(0, w * p - x.shape[3], 0, h * p - x.shape[2])",
+            "(0, h * p - x.shape[2], 0, w * p - x.shape[3])",
         ),
         ("merged tokens follow in rows", "permute(0, 1, 3, 4, 2, 5)", "permute(0, 1, 3, 2, 4, 5)"),
-        ("an odd grid is completed in front", "(0, 0, 0, x.shape[2] % 2, 0,", "(0, 0, x.shape[2] % 2, 0, 0,"),
+        ("an odd grid is completed in front", "(0, 0, 0, 2 * w - x.shape[2], 0,", "(0, 0, 2 * w - x.shape[2], 0, 0,"),
+        ("torch.export cannot follow sizes", "h, w = ((n + p - 1) // p for", "h, w = ((n + -n % p) // p for"),
         ("there is no norm before attention", "self.attn(self.norm1(x))", "self.attn(x)"),
         ("there is no norm before the MLP", "self.mlp(self.norm2(x))", "self.mlp(x)"),
         ("attention is never skipped", "self.drop_path1(self.attn(", "(self.attn("),
@@ -377,6 +378,15 @@ def test_compiles():
     assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(image), model(image))
 
 
+def test_is_exported_for_any_image():
+    model = glocal.create_model("swin_tiny", **{**TINY, "depths": (1, 1), "window_size": 4}).eval()
+    sides = {2: torch.export.Dim("height", min=36, max=512), 3: torch.export.Dim("width", min=36, max=512)}
+    program = torch.export.export(model, (torch.randn(2, 3, 50, 46),), dynamic_shapes=(sides,)).module()
+    for height, width in ((64, 64), (63, 46), (41, 97)):
+        image = torch.randn(2, 3, height, width)
+        assert_close(program(image), model(image))
+
+
 def test_blocks_can_be_looked_into():
     model = glocal.create_model("swin_tiny", **TINY).eval()
     with glocal.inspect(model) as seen:
@@ -402,6 +412,7 @@ def test_blocks_can_be_looked_into():
         ({"patch_size": 0}, "^swin_tiny: patch_size: 0"),
         ({"img_size": (1, 2, 3)}, "^swin_tiny: img_size"),
         ({"drop_path_rate": 1}, "^swin_tiny: drop_path_rate: 1"),
+        ({"mlp_ratio": 0}, "^swin_tiny: mlp_ratio: 0, must be a number that makes dim 96"),
         ({"embed_dim": 96}, "^swin_tiny: has no argument 'embed_dim'"),
     ],
 )  # fmt: skip

@@ -17,6 +17,7 @@ from glocal.models.classifier import (
     Stage,
     drop_path_rates,
     linear_or_none,
+    mlp_width,
     per_stage,
     start_linear_maps,
 )
@@ -59,7 +60,7 @@ class BatchNormBlock(nn.Module):
         )
         self.drop_path1 = DropPath(drop_path)
         self.norm2 = TokenBatchNorm(dim)
-        self.mlp = Mlp(dim, round(dim * mlp_ratio))
+        self.mlp = Mlp(dim, mlp_width(dim, mlp_ratio))
         self.drop_path2 = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:

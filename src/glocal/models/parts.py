@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from glocal.blocks import DropPath, Mlp
+from glocal.models.classifier import mlp_width
 
 
 class PatchEmbed(nn.Module):
@@ -20,7 +21,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         p = self.patch_size
-        x = nn.functional.pad(x, (0, -x.shape[3] % p, 0, -x.shape[2] % p))
+        h, w = ((n + p - 1) // p for n in x.shape[2:])  # said in sizes that torch.export can follow
+        x = nn.functional.pad(x, (0, w * p - x.shape[3], 0, h * p - x.shape[2]))
         # in channels_last memory the output is laid out as tokens
         x = self.proj(x.contiguous(memory_format=torch.channels_last))
         return self.norm(x.movedim(1, -1))
@@ -38,8 +40,9 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * dim, out_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = nn.functional.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
-        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # [B, h, row, w, column, C]
+        h, w = ((n + 1) // 2 for n in x.shape[1:3])
+        x = nn.functional.pad(x, (0, 0, 0, 2 * w - x.shape[2], 0, 2 * h - x.shape[1]))
+        x = x.unflatten(2, (w, 2)).unflatten(1, (h, 2))  # [B, h, row, w, column, C]
         return self.reduction(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))
 
 
@@ -66,7 +69,7 @@ class PreNormBlock(nn.Module):
         self.attn = attn
         self.drop_path1 = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(dim, eps=eps)
-        self.mlp = Mlp(dim, round(dim * mlp_ratio))
+        self.mlp = Mlp(dim, mlp_width(dim, mlp_ratio))
         self.drop_path2 = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
