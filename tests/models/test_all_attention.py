@@ -81,7 +81,7 @@ FAULTS = {
             'raise ValueError(f"{name} is not one of this family")',
             "found[name] = tensor\n            continue",
         ),
-        ("a beginning may end within a word", '+ r"(?=\\.)"', '+ ""'),
+        ("a beginning may end within a word", '+ r"(?=\\.|$)"', '+ ""'),
         ("layers are counted by one digit", r"(?P<\1>\\d+)", r"(?P<\1>\\d)"),
     ),
 }

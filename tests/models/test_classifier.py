@@ -31,6 +31,13 @@ FAULTS = {
         ("features are not normalised", "return self.finish(x)\n\n", "return x\n\n"),
         ("pre_logits are scores", "return x if pre_logits else", "return"),
         ("maps are always normalised", "self.finish(x) if norm and i == last", "self.finish(x) if i == last"),
+        ("stages are told nothing", "needed = self.needed(self._images(x))", "self._images(x), (needed := {})"),
+        ("stages that give maps are told nothing", "needed, x = self.needed(image)", "needed, x = {}"),
+        (
+            "stages are told nothing where they are checkpointed",
+            "return checkpoint(block, x, use_reentrant=False, **needed)",
+            "return checkpoint(block, x, use_reentrant=False)",
+        ),
         ("class tokens are in maps", "found = self.map_of(", "found = (lambda x, image: x)("),
         ("maps have channels last", 'found.movedim(-1, 1) if output_fmt == "NCHW"', 'found if output_fmt == "NCHW"'),
         ("no stage is left out", "if stop_early and i == max(wanted):", "if False:"),
@@ -154,6 +161,49 @@ def test_maps_of_stages(model, indices, stages):
     normed = model.forward_intermediates(image, norm=True, intermediates_only=True)
     assert_close(normed[2], model.norm(every[2])[:, 1:].reshape(4, 3, 5, 6).permute(0, 3, 1, 2))
     assert_close(normed[1], maps[1])
+
+
+class Scaled(nn.Module):
+    def __init__(self, checkpoints=None):
+        super().__init__()
+        self.fc = nn.Linear(2, 2)
+        if checkpoints is not None:
+            self.grad_checkpointing = checkpoints
+
+    def forward(self, x, factor):
+        return self.fc(x) * factor
+
+
+class Told(Classifier):
+    """Stages that ask how wide the image is: one that is a block, one of several blocks."""
+
+    def __init__(self):
+        super().__init__(in_chans=2, num_classes=3, num_features=2)
+        self.one, self.two = Scaled(), Scaled(False)
+        self.feature_info.extend({"num_chs": 2, "reduction": 1, "module": name} for name in ("one", "two"))
+        self.head = linear_or_none(2, 3)
+
+    def stem(self, x):
+        return x.movedim(1, -1)
+
+    def stages(self):
+        return [self.one, self.two]
+
+    def needed(self, image):
+        return {"factor": image.shape[3]}
+
+
+def test_stages_may_need_more_than_tokens():
+    image, model = torch.randn(IMAGE), Told()
+    one = 5 * model.one.fc(image.movedim(1, -1))
+    two = 5 * model.two.fc(one)
+    assert_close(model.forward_features(image), two)
+    for checkpointed in (False, True):
+        model.set_grad_checkpointing(checkpointed)
+        features, maps = model.forward_intermediates(image, output_fmt="NHWC")
+        assert_close(features, two)
+        assert_close(maps, [one, two])
+        assert_close(model(image), model.head(two.mean((1, 2))))
 
 
 def test_stages_behind_the_last_are_left_out(model):

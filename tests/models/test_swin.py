@@ -40,7 +40,7 @@ FAULTS = {
         ("merged tokens follow in rows", "permute(0, 1, 3, 4, 2, 5)", "permute(0, 1, 3, 2, 4, 5)"),
         ("an odd grid is completed in front", "(0, 0, 0, 2 * w - x.shape[2], 0,", "(0, 0, 2 * w - x.shape[2], 0, 0,"),
         ("torch.export cannot follow sizes", "h, w = ((n + p - 1) // p for", "h, w = ((n + -n % p) // p for"),
-        ("there is no norm before attention", "self.attn(self.norm1(x))", "self.attn(x)"),
+        ("there is no norm before attention", "self.attn(self.norm1(x), **call)", "self.attn(x, **call)"),
         ("there is no norm before the MLP", "self.mlp(self.norm2(x))", "self.mlp(x)"),
         ("attention is never skipped", "self.drop_path1(self.attn(", "(self.attn("),
         ("the MLP is never skipped", "self.drop_path2(self.mlp(", "(self.mlp("),

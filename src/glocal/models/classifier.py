@@ -6,7 +6,8 @@ B images, C channels, H W pixels, h w tokens.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -20,8 +21,8 @@ from glocal.operator import undecayed_parts
 class Classifier(nn.Module, ABC):
     """Abstract: images [B, in_chans, H, W] -> scores [B, num_classes], a stem, stages, a head.
 
-    A family defines `stem` and `stages`, fills `feature_info`, and makes its own head; `finish`, `pool`, `map_of` and
-    `no_weight_decay` where the defaults do not hold.
+    A family defines `stem` and `stages`, fills `feature_info`, and makes its own head; `needed`, `finish`, `pool`,
+    `map_of` and `no_weight_decay` where the defaults do not hold.
 
     Args:
         in_chans: channels of an image.
@@ -56,6 +57,10 @@ class Classifier(nn.Module, ABC):
     def stages(self) -> Sequence[nn.Module]:
         """What is called one after the other, tokens to tokens, one for each entry of `feature_info`."""
 
+    def needed(self, image: Tensor) -> dict[str, Any]:
+        """What the call of every block is given besides its tokens: nothing."""
+        return {}
+
     def finish(self, x: Tensor) -> Tensor:
         """What the last stage gives -> `forward_features`: a norm, where there is one."""
         return x
@@ -76,9 +81,10 @@ class Classifier(nn.Module, ABC):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Tokens before the head: [B, in_chans, H, W] -> [B, h, w, num_features]."""
-        x = self.stem(self._images(x))
+        needed = self.needed(self._images(x))
+        x = self.stem(x)
         for stage in self.stages():
-            x = self._through(stage, x)
+            x = self._through(stage, x, needed)
         return self.finish(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -117,9 +123,9 @@ class Classifier(nn.Module, ABC):
         wanted = chosen(indices, len(stages))
         last = len(stages) - 1
         image = self._images(x)
-        x = self.stem(image)
+        needed, x = self.needed(image), self.stem(image)
         for i, stage in enumerate(stages):
-            x = self._through(stage, x)
+            x = self._through(stage, x, needed)
             if i in wanted:
                 found = self.map_of(self.finish(x) if norm and i == last else x, image)
                 maps.append(found.movedim(-1, 1) if output_fmt == "NCHW" else found)
@@ -152,10 +158,10 @@ class Classifier(nn.Module, ABC):
             raise ValueError(f"x has shape {tuple(x.shape)}; this network takes images [B, {self.in_chans}, H, W]")
         return x
 
-    def _through(self, stage: nn.Module, x: Tensor) -> Tensor:
+    def _through(self, stage: nn.Module, x: Tensor, needed: dict[str, Any]) -> Tensor:
         if isinstance(stage, Blocks | Stage):  # each of its blocks is checkpointed
-            return stage(x)
-        return run(stage, x, checkpointed=self.grad_checkpointing)
+            return stage(x, **needed)
+        return run(stage, x, **needed, checkpointed=self.grad_checkpointing)
 
 
 class Blocks(nn.Sequential):
@@ -163,9 +169,9 @@ class Blocks(nn.Sequential):
 
     grad_checkpointing = False
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, **needed: Any) -> Tensor:  # type: ignore[override]
         for block in self:
-            x = run(block, x, checkpointed=self.grad_checkpointing)
+            x = run(block, x, **needed, checkpointed=self.grad_checkpointing)
         return x
 
 
@@ -176,17 +182,23 @@ class Stage(nn.Module):
         super().__init__()
         self.downsample, self.blocks = downsample, Blocks(*blocks)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.blocks(self.downsample(x))
+    def forward(self, x: Tensor, **needed: Any) -> Tensor:
+        return self.blocks(self.downsample(x), **needed)
 
 
-def run(block: nn.Module, x: Tensor, *, checkpointed: bool) -> Tensor:
-    """block(x); checkpointed, what it computes on the way is computed again for derivatives."""
+def run(block: nn.Module, x: Tensor, *, checkpointed: bool, **needed: Any) -> Tensor:
+    """block(x, **needed); checkpointed, what it computes on the way is computed again for derivatives."""
     if not checkpointed or not torch.is_grad_enabled():
-        return block(x)
+        return block(x, **needed)
     if any(True for _ in block.buffers()):
-        return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), buffers_kept(block)))
-    return checkpoint(block, x, use_reentrant=False)
+        kept = partial(_first_and_again, block)
+        return checkpoint(block, x, use_reentrant=False, context_fn=kept, **needed)
+    return checkpoint(block, x, use_reentrant=False, **needed)
+
+
+def _first_and_again(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """What surrounds a checkpointed block when it runs, and when it runs again for derivatives."""
+    return nullcontext(), buffers_kept(block)
 
 
 @contextmanager

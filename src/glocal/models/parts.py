@@ -1,5 +1,7 @@
 """Parts of several published networks, under timm's names. Tokens [B, H, W, C], channels last."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -8,16 +10,16 @@ from glocal.models.classifier import mlp_width
 
 
 class PatchEmbed(nn.Module):
-    """Tokens of p x p pixels, and a norm: [B, C, H, W] -> [B, ceil(H/p), ceil(W/p), dim].
+    """Tokens of p x p pixels, and a norm unless `norm` is False: [B, C, H, W] -> [B, ceil(H/p), ceil(W/p), dim].
 
     What the last row and column of tokens lack of an image that p does not divide is zero.
     """
 
-    def __init__(self, in_chans: int, dim: int, patch_size: int) -> None:
+    def __init__(self, in_chans: int, dim: int, patch_size: int, *, norm: bool = True) -> None:
         super().__init__()
         self.patch_size = patch_size
         self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size)
-        self.norm = nn.LayerNorm(dim)
+        self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         p = self.patch_size
@@ -58,7 +60,7 @@ class PreNormBlock(nn.Module):
         drop_path: probability that a branch is skipped for an image in training.
         eps: of both norms.
 
-    Shape: [B, *S, dim] -> [B, *S, dim].
+    Shape: [B, *S, dim] -> [B, *S, dim]; further arguments are the mixer's.
     """
 
     def __init__(
@@ -72,6 +74,6 @@ class PreNormBlock(nn.Module):
         self.mlp = Mlp(dim, mlp_width(dim, mlp_ratio))
         self.drop_path2 = DropPath(drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path1(self.attn(self.norm1(x)))
+    def forward(self, x: Tensor, **call: Any) -> Tensor:
+        x = x + self.drop_path1(self.attn(self.norm1(x), **call))
         return x + self.drop_path2(self.mlp(self.norm2(x)))

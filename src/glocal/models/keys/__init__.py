@@ -22,13 +22,13 @@ def renamed(state: Mapping[str, Tensor], pairs: Sequence[tuple[str, str]]) -> di
 
     Args:
         state: tensors by name.
-        pairs: beginnings of names, before and after, up to a dot: ("layer.{i}.dense", "blocks.{i}.proj"), where {i},
-            or another letter, stands for a number. The first beginning that fits counts.
+        pairs: names, or their beginnings up to a dot, before and after: ("layer.{i}.dense", "blocks.{i}.proj"), where
+            {i}, or another letter, stands for a number. The first that fits counts.
 
     Raises:
         ValueError: a name that begins like none of them.
     """
-    patterns = [(re.compile(_NUMBER.sub(r"(?P<\1>\\d+)", re.escape(old)) + r"(?=\.)"), new) for old, new in pairs]
+    patterns = [(re.compile(_NUMBER.sub(r"(?P<\1>\\d+)", re.escape(old)) + r"(?=\.|$)"), new) for old, new in pairs]
     found = {}
     for name, tensor in state.items():
         fitting = next(((match, new) for pattern, new in patterns if (match := pattern.match(name))), None)
