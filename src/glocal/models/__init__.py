@@ -14,11 +14,16 @@ from typing import Any, Literal
 from torch import nn
 
 from glocal.arguments import flag
-from glocal.models import all_attention, dwnet, swin
+from glocal.models import all_attention, dwnet, swin, vit
 from glocal.models.classifier import Classifier, FeatureMaps
 from glocal.spec import name_and_literals, nearest
 
-_MODELS: dict[str, Callable[..., Classifier]] = {**all_attention.MODELS, **dwnet.MODELS, **swin.MODELS}
+_MODELS: dict[str, Callable[..., Classifier]] = {
+    **all_attention.MODELS,
+    **dwnet.MODELS,
+    **swin.MODELS,
+    **vit.MODELS,
+}
 
 
 def list_models(pattern: str = "*") -> list[str]:
