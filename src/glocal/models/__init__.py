@@ -14,13 +14,14 @@ from typing import Any, Literal
 from torch import nn
 
 from glocal.arguments import flag
-from glocal.models import all_attention, dwnet, swin, vit
+from glocal.models import all_attention, dwnet, resnet, swin, vit
 from glocal.models.classifier import Classifier, FeatureMaps
 from glocal.spec import name_and_literals, nearest
 
 _MODELS: dict[str, Callable[..., Classifier]] = {
     **all_attention.MODELS,
     **dwnet.MODELS,
+    **resnet.MODELS,
     **swin.MODELS,
     **vit.MODELS,
 }
