@@ -20,9 +20,19 @@ FAULTS = {
     "conversion/attention.py": (
         ("float32 is sharp enough for all types", "torch.finfo(dtype).eps", "torch.finfo(torch.float32).eps"),
         ("the padding's kind is lost", '"zeros" if own else part.padding_mode', '"zeros"'),
-        ("frozen weights learn", "mixer.value.requires_grad_(weight.requires_grad)", "pass"),
+        ("frozen weights learn", "mixer.requires_grad_(weight.requires_grad)", "pass"),
+        ("places of frozen heads learn", "mixer.requires_grad_", "mixer.value.requires_grad_"),
         ("dilation is lost", "dilation=part.dilation,", "dilation=1,"),
         ("hooks are lost in silence", "if part._forward_hooks or", "if"),
+        ("hooks of gradients are lost", " or part._backward_pre_hooks:", ":"),
+        ("parametrizations are lost", "if is_parametrized(part):", "if False:"),
+        ("a forward given to one layer is lost", 'if "forward" in vars(part):', "if False:"),
+        ("parameters that are shared are parted", "if part is not own:", "if False:"),
+        ("parameters of a shared layer count as tied", "if part is not own:", "if name != other:"),
+        ("one pattern that matches is enough", "if unmatched or not patterns:", "if not chosen:"),
+        ("second names are not seen", "model._modules.items()", "model.named_children()"),
+        ("outputs cannot be viewed", "out if last else out.contiguous()", "out"),
+        ("channels last is undone", "out if last else out.contiguous()", "out.contiguous()"),
         ("an own forward is passed over", "if type(part).forward is not kind.forward or", "if"),
         ("parts of other operators are converted", "elif not isinstance(part, Operator):", "else:"),
         ("single images lose an axis", "return out[0] if alone else out", "return out"),
@@ -34,7 +44,7 @@ FAULTS = {
         ("heads are taken in their order", "taps[name], missed = _taps(_mixer(part), tolerance)",
          "taps[name], missed = _taps(_mixer(part), tolerance)\n        taps[name] = list(range(len(taps[name])))"),
         ("any share passes", "elif not share <= tolerance:", "elif False:"),
-        ("only the last axis counts", "kept = kept * most.cpu()", "kept = most.cpu()"),
+        ("only the last axis counts", "kept = kept * most", "kept = most"),
         ("places off the kernel pass", "if place not in order:", "if False:"),
         ("bias is lost", "made.bias.copy_(mixer.bias)", "pass"),
         ("layers in networks become ours", "_of_torch(mixer, weight) if isinstance", "_of_ours(mixer) if isinstance"),
@@ -212,6 +222,10 @@ def test_chosen_layers_only():
         assert done == expected
     with pytest.raises(ValueError, match=r"layers: no convolution of this Sequential matches 'stem'; it has 0, 1.0"):
         glocal.to_attention(net, layers="stem")
+    with pytest.raises(ValueError, match=r"layers: no convolution of this Sequential matches '3\.\*'; it has"):
+        glocal.to_attention(net, layers=["0", "3.*"])
+    with pytest.raises(ValueError, match=r"layers: .* matches \[\]"):
+        glocal.to_attention(net, layers=[])
     with pytest.raises(ValueError, match=r"no convolution of this Linear matches .*; it has none"):
         glocal.to_attention(nn.Linear(3, 3))
 
@@ -223,9 +237,61 @@ def test_what_networks_share_or_freeze_stays_so():
     found = glocal.to_attention(net)
     assert found["a"] is found["b"][0] and net["a"] is conv
     assert not found["a"].training and found["b"][1].training
-    assert not found["a"].mixer.value.requires_grad and found["a"].mixer.centers.requires_grad
+    assert not any(p.requires_grad for p in found["a"].parameters())
+    assert glocal.to_attention(net, layers="b.0")["a"] is not net["a"]
     back = glocal.to_convolution(found)
     assert back["a"] is back["b"][0] and not back["a"].weight.requires_grad and not back["a"].training
+
+
+def test_a_frozen_weight_leaves_its_bias_to_learn():
+    conv = nn.Conv2d(4, 4, 3)
+    conv.weight.requires_grad_(False)
+    for encoding in ("quadratic", "learned"):
+        found = glocal.to_attention(conv, encoding=encoding)
+        assert [name for name, p in found.named_parameters() if p.requires_grad] == ["mixer.bias"]
+
+
+def test_tied_parameters_are_not_parted():
+    net = nn.ModuleDict({"a": nn.Conv1d(4, 4, 1), "b": nn.Conv1d(4, 4, 1), "c": nn.ConvTranspose1d(4, 4, 1)})
+    net["c"].weight = net["a"].weight
+    with pytest.raises(ValueError, match=r"^a: Conv1d shares a parameter with c, .*leave it out by layers="):
+        glocal.to_attention(net, layers=["a", "b"])
+    net["c"].bias = net["b"].bias
+    with pytest.raises(ValueError, match=r"^b: Conv1d shares a parameter with c"):
+        glocal.to_attention(net, layers="b")
+
+
+@pytest.mark.parametrize(("kind", "grid"), [(nn.Conv1d, (9,)), (nn.Conv2d, (9, 7))])
+@pytest.mark.parametrize("encoding", ["quadratic", "learned"])
+def test_what_comes_out_is_laid_out_as_the_convolutions(kind, grid, encoding):
+    layer = kind(4, 6, 3, padding=1)
+    found = glocal.to_attention(layer, encoding=encoding)
+    x = torch.randn(2, 4, *grid)
+    given = [x, x[0], x[:1], x[..., 1::2], x.transpose(-1, -2).contiguous().transpose(-1, -2) if len(grid) == 2 else x]
+    if len(grid) == 2:
+        given.append(x.to(memory_format=torch.channels_last))
+    for tokens in given:
+        for learning in (True, False):
+            with torch.set_grad_enabled(learning):
+                assert found(tokens).stride() == layer(tokens).stride()
+    assert found(x).view(2, -1).shape[1] == 6 * x[0, 0].numel()
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, Convolution])
+def test_autocast_rounds_what_comes_out_as_convolutions_do(kind):
+    layer = kind(4, kernel_size=3) if kind is Convolution else kind(4, 4, 3)
+    x = torch.randn(2, 6, 6, 4) if kind is Convolution else torch.randn(2, 4, 6, 6)
+    found = glocal.to_attention(layer)
+    for impl in ("auto", "reference"):
+        (found if kind is Convolution else found.mixer).impl = impl
+        with torch.autocast("cpu", torch.bfloat16):
+            assert found(x).dtype == layer(x).dtype == torch.bfloat16
+        assert relative(found(x), layer(x)) < 1e-5
+
+
+def test_shapes_may_be_asked_for_without_memory():
+    found = glocal.to_attention(nn.Conv2d(4, 6, 3, stride=2, device="meta"))
+    assert found(torch.empty(2, 4, 9, 8, device="meta")).shape == (2, 6, 4, 3)
 
 
 def test_parts_of_other_operators_are_theirs():
@@ -241,6 +307,11 @@ class Standardised(nn.Conv2d):
         return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
 
 
+def forwarded(layer):
+    layer.forward = lambda x: layer._conv_forward(2 * x, layer.weight, layer.bias)
+    return layer
+
+
 class Named(nn.Conv2d):
     """A name, and nothing else."""
 
@@ -254,6 +325,8 @@ class Named(nn.Conv2d):
         (lambda: Standardised(3, 3, 2), "Standardised computes in a way of its own"),
         (lambda: timm.layers.StdConv2d(3, 3, 2), "StdConv2d computes in a way of its own"),
         (lambda: timm.layers.Conv2dSame(3, 3, 2), "Conv2dSame computes in a way of its own"),
+        (lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 3, 2)), "ParametrizedConv2d is parametrized"),
+        (lambda: forwarded(nn.Conv2d(3, 3, 2)), "Conv2d computes in a way of its own"),
         (lambda: nn.Conv2d(3, 3, 2, dtype=torch.complex64), "has weights of torch.complex64"),
         (lambda: glocal.build("DepthwiseConv(causal=True, rank=1)", 3), "DepthwiseConv is causal"),
     ],
@@ -267,9 +340,11 @@ def test_what_cannot_be_converted_is_refused_by_name(part, words):
     assert type(glocal.to_attention(net, layers="0")[1]) is type(net[1])
 
 
-def test_hooks_are_not_lost():
-    conv = nn.Conv2d(3, 3, 1)
-    conv.register_forward_hook(lambda *_: None)
+@pytest.mark.parametrize("kind", [nn.Conv2d, Convolution])
+@pytest.mark.parametrize("when", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_are_not_lost(kind, when):
+    conv = kind(3, kernel_size=1) if kind is Convolution else kind(3, 3, 1)
+    getattr(conv, f"register_{when}_hook")(lambda *_: None)
     with pytest.raises(ValueError, match="has hooks"):
         glocal.to_attention(conv)
 
@@ -278,8 +353,7 @@ def test_subclasses_that_compute_as_their_class_does_are_converted():
     lazy = nn.LazyConv2d(4, 3)
     x = torch.randn(2, 3, 6, 6)
     lazy(x)
-    normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))
-    for layer in (lazy, Named(3, 4, 3), normed):
+    for layer in (lazy, Named(3, 4, 3)):
         assert relative(glocal.to_attention(layer)(x), layer(x)) < 1e-5
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils.parametrize import is_parametrized
 
 from glocal.arguments import one_of
 from glocal.mixers import Convolution, DepthwiseConv, PaddedLearnedAttention, PaddedQuadraticAttention
@@ -27,8 +28,8 @@ ENCODINGS: dict[str, Any] = {
 class ConvolutionAsAttention(nn.Module):
     """A padded attention in the place of a convolution: x [B, C, *S] or [C, *S], as the convolution takes it.
 
-    `mixer` is the attention itself, on tokens [B, *S, C]. What comes out is laid out channels last in memory, as
-    convolutions of the library do with weights in that format: reshape it, don't view it.
+    `mixer` is the attention itself, on tokens [B, *S, C]. What comes out is laid out in memory as x is, channels last
+    where x is that and no copy is needed.
     """
 
     def __init__(self, mixer: PaddedAttention) -> None:
@@ -37,7 +38,10 @@ class ConvolutionAsAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         alone = x.dim() == (self.mixer.rank or 0) + 1
-        out = self.mixer((x[None] if alone else x).movedim(1, -1)).movedim(-1, 1)
+        x = x[None] if alone else x
+        out = self.mixer(x.movedim(1, -1)).movedim(-1, 1)
+        last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        out = out if last else out.contiguous()  # networks view what a convolution gives
         return out[0] if alone else out
 
 
@@ -62,6 +66,7 @@ def to_attention(
     Args:
         convolution: a Conv1d or Conv2d of torch, a `Convolution` or `DepthwiseConv` of ours, or a network that holds
             some; stays as it is. Batch norms are copied as they are. What is inside other operators of ours is theirs.
+            Where its weight is frozen, so is where its heads look.
         encoding: "quadratic", a centre and a spread for each head, or "learned", a table of scores for each axis.
         alpha: how sharp: a place beside a head's own gets e^-alpha of its weight. By default what is exact to rounding
             in the layer's dtype, 20 in float32 and 41 in float64 (26 and 47 with learned scores). The gradients of
@@ -72,8 +77,9 @@ def to_attention(
         A `ConvolutionAsAttention`, for ours a mixer; or the network with these in their places.
 
     Raises:
-        ValueError: a transposed, 3-D or lazy convolution, a subclass with a forward of its own, one with hooks, a
-            causal one: named, and may be left out by `layers`; nothing to convert.
+        ValueError: a transposed, 3-D or lazy convolution, one with a forward, hooks or a parametrization of its own,
+            one that shares a parameter with another part, a causal one: named, and may be left out by `layers`; a
+            pattern that matches nothing.
 
     Source: Cordonnier et al., On the Relationship between Self-Attention and Convolutional Layers, ICLR 2020,
     arXiv 1911.03584, theorem 1.
@@ -87,9 +93,12 @@ def to_attention(
         return _converted("", convolution, encoding, alpha).train(convolution.training)
     found = [name for name, _ in _named(convolution, is_convolution)]
     chosen = {name for name in found if any(fnmatchcase(name, pattern) for pattern in patterns)}
-    if not chosen:
+    unmatched = [repr(p) for p in patterns if not any(fnmatchcase(name, p) for name in found)]
+    if unmatched or not patterns:
         some = f"it has {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}" if found else "it has none"
-        raise ValueError(f"layers: no convolution of this {type(convolution).__name__} matches {layers!r}; {some}")
+        given = ", ".join(unmatched) or layers
+        raise ValueError(f"layers: no convolution of this {type(convolution).__name__} matches {given}; {some}")
+    _refuse_tied(convolution, chosen)
     return replaced(convolution, chosen, lambda name, part: _converted(name, part, encoding, alpha))
 
 
@@ -111,7 +120,9 @@ def replaced(model: nn.Module, names: set[str], new: Callable[[str, nn.Module], 
 
 def _named(model: nn.Module, wanted: Callable[[nn.Module], bool], prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Modules of a network that are wanted, with their names; not those inside operators of ours."""
-    for name, part in model.named_children():
+    for name, part in model._modules.items():  # one that stands in two places has both names
+        if part is None:
+            continue
         if wanted(part):
             yield prefix + name, part
         elif not isinstance(part, Operator):
@@ -127,12 +138,35 @@ def _converted(name: str, part: nn.Module, encoding: str, alpha: float | None) -
     return mixer if own else ConvolutionAsAttention(mixer)
 
 
+def _refuse_tied(model: nn.Module, chosen: set[str]) -> None:
+    """Parameters that a convolution shares with another part would be parted: each would go its own way."""
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, part in model.named_modules():
+        for parameter in part.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append((name, part))
+    for name in sorted(chosen):
+        own = model.get_submodule(name)
+        for parameter in own.parameters(recurse=False):
+            for other, part in owners[id(parameter)]:
+                if part is not own:
+                    raise ValueError(
+                        f"{name}: {type(own).__name__} shares a parameter with {other}, and attention in its place "
+                        "would not; leave it out by layers="
+                    )
+
+
 def _refusal(part: nn.Module) -> str | None:
     """Why a convolution cannot be converted."""
-    if isinstance(part, Operator):
-        return "is causal and remembers what it has seen, which attention to places does not" if _causal(part) else None
     if isinstance(part, LazyModuleMixin) and part.has_uninitialized_params():
         return "is lazy and has no weights yet: run a batch through it first"
+    if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+        return "has hooks, which would be lost: remove them first"
+    if is_parametrized(part):
+        return "is parametrized, which would be lost: torch.nn.utils.parametrize.remove_parametrizations ends that"
+    if "forward" in vars(part):
+        return "computes in a way of its own"
+    if isinstance(part, Operator):
+        return "is causal and remembers what it has seen, which attention to places does not" if _causal(part) else None
     if isinstance(part, _ConvTransposeNd):
         return "is transposed: its taps spread a source over queries, no query attends to places"
     if not isinstance(part, nn.Conv1d | nn.Conv2d):
@@ -140,8 +174,6 @@ def _refusal(part: nn.Module) -> str | None:
     kind = nn.Conv1d if isinstance(part, nn.Conv1d) else nn.Conv2d
     if type(part).forward is not kind.forward or type(part)._conv_forward is not kind._conv_forward:
         return "computes in a way of its own"
-    if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks:
-        return "has hooks, which would be lost: remove them first"
     if not part.weight.is_floating_point():
         return f"has weights of {part.weight.dtype}"
     return None
@@ -175,7 +207,7 @@ def _attention(part: Any, encoding: str, alpha: float | None) -> PaddedAttention
     mixer = mixer.to(device=weight.device, dtype=weight.dtype)
     with torch.no_grad():
         mixer.value.copy_(heads_of_kernel(weight, groups))
-        mixer.value.requires_grad_(weight.requires_grad)
+        mixer.requires_grad_(weight.requires_grad)
         if bias is not None:
             mixer.bias.copy_(bias)
             mixer.bias.requires_grad_(bias.requires_grad)

@@ -66,10 +66,9 @@ def _taps(mixer: PaddedAttention, tolerance: float) -> tuple[list[int], list[str
     nearest, kept = [], torch.ones(mixer.num_heads, dtype=torch.float64)
     for axis, (front, reach) in enumerate(zip(mixer._sides, mixer._reach, strict=True)):
         offset = torch.arange(-front[0] - _BEYOND, reach - front[0] + _BEYOND + 1, device=mixer.value.device)
-        weights = mixer._scores_along(axis, offset, slice(None)).double().softmax(-1)
-        most, where = weights.max(-1)
-        nearest.append(offset[where])
-        kept = kept * most.cpu()
+        most, where = mixer._scores_along(axis, offset, slice(None)).cpu().double().softmax(-1).max(-1)
+        nearest.append(offset.cpu()[where])
+        kept = kept * most
     places = [tuple(place) for place in torch.stack(nearest, 1).tolist()]
     order = {tuple(int(d) for d in tap): i for i, tap in enumerate(mixer.taps().tolist())}
     found, said = [], []

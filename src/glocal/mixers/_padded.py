@@ -128,7 +128,7 @@ class PaddedAttention(TokenMixer):
     def project(self, mixed: Tensor) -> Tensor:
         mixed = mixed.unflatten(-1, (self.num_heads, self.groups, -1))
         out = torch.einsum("bnkgc,kgco->bngo", mixed, self.value).flatten(2)
-        return out if self.bias is None else out + self.bias
+        return out if self.bias is None else out + self.bias.to(out.dtype)  # under autocast, as a convolution does
 
     # The fast path.
 
@@ -139,7 +139,7 @@ class PaddedAttention(TokenMixer):
         if out is None:
             out = self._by_axes(image, grid)
         out = out.squeeze(1) if self.rank == 1 else out
-        return out if self.bias is None else out + self.bias
+        return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def _by_taps(self, image: Tensor, grid: tuple[int, ...]) -> Tensor | None:
         """Each head as the one place that it reads; None unless that is exact to rounding, gradients included.
@@ -183,9 +183,11 @@ class PaddedAttention(TokenMixer):
     def _may_look(self, image: Tensor) -> bool:
         """Whether a call may depend on where the heads are: a compiled one is for anywhere, low precisions add in
         float32 inside matrix products only, and gradients of the places are those of every head by itself."""
+        if torch.compiler.is_compiling() or image.is_meta:
+            return False
         learning = torch.is_grad_enabled() and any(self._places(axis).requires_grad for axis in range(self.rank or 0))
         exact = image.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(image.device.type)
-        return not (learning or torch.compiler.is_compiling() or image.is_meta) and exact
+        return exact and not learning
 
     def _axis_weights(self, axis: int, n: int, like: Tensor, heads: Chosen) -> Tensor:
         """How much of each source goes into each query along an axis: [heads, m, n]."""
