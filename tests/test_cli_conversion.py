@@ -92,7 +92,7 @@ def test_a_network_of_timms(tmp_path, monkeypatch, capsys):
         (["nowhere"], "nowhere: no trained network"),
         (["run", "--out", "run"], "--out: 'run' holds a network already; name another folder"),
         (["run", "--back"], "--back: run holds no converted network"),
-        (["run", "--layers", "head"], "layers: no convolution of this Backbone matches ('head',); it has stem.conv1"),
+        (["run", "--layers", "head"], "layers: no convolution of this Backbone matches 'head'; it has stem.conv1"),
         (["run", "--alpha", "-1"], "alpha: -1"),
         (["run", "--pretrained"], "--pretrained: is for 'timm:NAME'"),
         (["timm:resnet1000"], "timm:resnet1000: timm has no such model"),

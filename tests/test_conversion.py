@@ -484,3 +484,17 @@ def test_a_layer_that_runs_twice_has_its_largest_error():
         found[0].mixer.centers += 0.3
     report = glocal.compare_conversion(net, found, torch.randn(1, 2, 9, 9))
     assert [a.name for a in report.layers] == ["0"] and report.layers[0].error > 0.1
+
+
+def test_a_layer_may_be_called_by_keyword():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Conv2d(2, 2, 3)
+
+        def forward(self, x):
+            return self.layer(input=x)
+
+    net = Net()
+    (row,) = glocal.compare_conversion(net, glocal.to_attention(net), torch.randn(1, 2, 9, 9)).layers
+    assert row.name == "layer" and row.error < 1e-5

@@ -18,6 +18,8 @@ EXEMPT = {
     "FocalAttention": OF_FOCAL,
     "GeneralizedQuadraticAttention": {"attention_centers", "attention_spreads"},
     "NeighborhoodAttention": {"rpb"},
+    "PaddedLearnedAttention": {"tables"},  # ours; in place of the centres and spreads
+    "PaddedQuadraticAttention": {"centers", "spreads"},
     "QuadraticAttention": {"attention_centers", "attention_spreads"},
     "RelativeAttention": {TABLE},
     "ReleasedFocalAttention": OF_FOCAL,

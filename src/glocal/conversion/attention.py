@@ -28,17 +28,17 @@ ENCODINGS: dict[str, Any] = {
 class ConvolutionAsAttention(nn.Module):
     """A padded attention in the place of a convolution: x [B, C, *S] or [C, *S], as the convolution takes it.
 
-    `mixer` is the attention itself, on tokens [B, *S, C]. What comes out is laid out in memory as x is, channels last
-    where x is that and no copy is needed.
+    `mixer` is the attention itself, on tokens [B, *S, C]. What comes out is laid out in memory as x is; channels
+    last needs no copy.
     """
 
     def __init__(self, mixer: PaddedAttention) -> None:
         super().__init__()
         self.mixer = mixer
 
-    def forward(self, x: Tensor) -> Tensor:
-        alone = x.dim() == (self.mixer.rank or 0) + 1
-        x = x[None] if alone else x
+    def forward(self, input: Tensor) -> Tensor:  # as the convolution's is named
+        alone = input.dim() == (self.mixer.rank or 0) + 1
+        x = input[None] if alone else input
         out = self.mixer(x.movedim(1, -1)).movedim(-1, 1)
         last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
         out = out if last else out.contiguous()  # networks view what a convolution gives

@@ -91,7 +91,7 @@ def compare_conversion(before: nn.Module, after: nn.Module, x: Tensor) -> Conver
     hooks = []
     for name, part in before.named_modules():
         if is_convolution(part) and isinstance(new.get(name), ConvolutionAsAttention | PaddedAttention):
-            hooks.append(part.register_forward_hook(_measure(name, new[name], found)))
+            hooks.append(part.register_forward_hook(_measure(name, new[name], found), with_kwargs=True))
     try:
         with modes_kept(before), modes_kept(after):
             outputs = [tree_leaves(network.eval()(x)) for network in (before, after)]
@@ -113,10 +113,10 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def _measure(name: str, new: nn.Module, found: dict[str, ConvertedLayer]) -> Any:
-    def hook(part: Any, given: tuple[Any, ...], kwargs_or_out: Any, *rest: Any) -> None:
-        (x, *_), mixer = given, _mixer(new)
+    def hook(part: Any, given: tuple[Any, ...], named: dict[str, Any], out: Any) -> None:
+        (x, *_), mixer = (*given, *named.values()), _mixer(new)
         with modes_kept(new):
-            error = relative_error(new.eval()(x), kwargs_or_out)
+            error = relative_error(new.eval()(x), out)
         rank = mixer.rank or 0
         grid = x.shape[-rank:] if isinstance(new, ConvolutionAsAttention) else x.shape[1:-1]
         weight = part.weight
