@@ -238,7 +238,8 @@ def test_what_networks_share_or_freeze_stays_so():
     assert found["a"] is found["b"][0] and net["a"] is conv
     assert not found["a"].training and found["b"][1].training
     assert not any(p.requires_grad for p in found["a"].parameters())
-    assert glocal.to_attention(net, layers="b.0")["a"] is not net["a"]
+    twice = glocal.to_attention(nn.Sequential(conv, nn.ReLU(), conv), layers="2")
+    assert twice[0] is twice[2] is not conv
     back = glocal.to_convolution(found)
     assert back["a"] is back["b"][0] and not back["a"].weight.requires_grad and not back["a"].training
 
