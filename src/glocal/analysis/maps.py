@@ -21,6 +21,7 @@ from glocal.aggregation import Aggregation
 from glocal.analysis.codes import Rows, coded_scores, coded_weights, table_of
 from glocal.analysis.distance import mean_distance
 from glocal.analysis.entropy import entropy
+from glocal.analysis.heads import quadratic_heads
 from glocal.inspection import Call
 
 BUDGET = 28_000_000  # entries of all layers and images; a page of them has 30 MB at most
@@ -282,11 +283,9 @@ def _every(places: Places, stride: int) -> list[int]:
     return [*range(places.prefix), *(places.prefix + r * places.grid[1] + c for r in axes[0] for c in axes[1])]
 
 
-def _ellipses(mixer: Any) -> tuple[np.ndarray | None, np.ndarray | None]:
+def _ellipses(mixer: Any) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
     """Centres and precision of quadratic heads on images."""
-    from glocal.mixers._quadratic import QuadraticScores
-
-    if not isinstance(mixer, QuadraticScores) or mixer.rank != 2:
+    found = quadratic_heads(mixer).get("")
+    if found is None or mixer.rank != 2:
         return None, None
-    centers = mixer.attention_centers.detach().double().cpu()
-    return centers.numpy(), mixer.precision().detach().double().cpu().numpy()
+    return np.array(found["centers"]), np.array(found["precision"])
