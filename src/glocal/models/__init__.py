@@ -47,7 +47,8 @@ def create_model(
             where values are literals. What stands there counts more than a keyword.
         pretrained: weights to load, all of them: a file (safetensors; .pth and the like, of which only tensors are
             read), a folder that holds one, or the id "owner/name" of a model on the Hugging Face hub, which is then
-            downloaded. Names as here or as in the official release. None or, as in timm, False: random weights.
+            downloaded. Names as here, as in the official release or, of families it has, as in timm,
+            torchvision or transformers. None or, as in timm, False: random weights.
         features_only: maps of stages instead of scores, a list of [B, C, h, w]; `feature_info` of what is returned
             says which channels and strides they have.
         out_indices: which stages, with features_only: a number of last ones, positions (-1 is the last), None for all.

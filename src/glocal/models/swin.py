@@ -42,8 +42,8 @@ class SwinTransformer(Classifier):
 
     Shape:
         Any H and W: zeros complete tokens at the lower and right border and those that merging takes beyond it. Along
-        an axis of no more tokens than the window has, the window is the axis, and not shifted. What no window
-        of 7 divides is as published only where mask_padding=False; 224 pixels are, and 384 with windows of 12.
+        an axis of no more tokens than the window has, the window is the axis, and not shifted. The paper defines no
+        grid that its windows do not divide; 224 pixels have none, nor 384 with windows of 12.
 
     Cost: N*(12*C^2 + 2*K*C) multiply-adds a block of N tokens with windows of K, and what merging takes. At 224
         pixels 4,490,566,656 (tiny), 8,740,875,264 (small), 15,430,946,816 (base).
