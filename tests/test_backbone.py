@@ -105,12 +105,13 @@ def test_tables_fit_odd_images():
 
 
 def entry(operator):
-    """The operator's name alone where it has what it needs, else its first example."""
+    """The operator's name alone where it has what it needs and keeps the grid, else its first example."""
     try:
-        glocal.build(operator, 64, rank=2, grid_size=(8, 8))
-        return operator
+        mixer = glocal.build(operator, 64, rank=2, grid_size=(8, 8))
     except ValueError:
-        return getattr(glocal.mixers, operator).examples[0]
+        mixer = None
+    kept = mixer is not None and (not hasattr(mixer, "out_grid") or tuple(mixer.out_grid((8, 8))) == (8, 8))
+    return operator if kept else getattr(glocal.mixers, operator).examples[0]
 
 
 NO_ENTRIES = {"CrossAttention": "reads a source besides", "ClassAttention": "makes a grid of"}
