@@ -33,7 +33,11 @@ FAULTS = {
         ("the mean holds the class token", "self.fc_norm(x[:, 1:].mean(1))", "self.fc_norm(x.mean(1))"),
         ("the norm stands before the mean", "self.fc_norm(x[:, 1:].mean(1))", "self.fc_norm(x[:, 1:]).mean(1)"),
         ("maps begin with the class token", "x[:, 1:].unflatten(1, self", "x[:, :-1].unflatten(1, self"),
-        ("patches beyond the border are dropped", "-(-size[0] // p), -(-size[1] // p)", "size[0] // p, size[1] // p"),
+        (
+            "patches beyond the border are dropped",
+            "(size[0] + p - 1) // p, (size[1] + p - 1) // p",
+            "size[0] // p, size[1] // p",
+        ),
         ("the table of positions is decayed", '| {"pos_embed", "cls_token"}', '| {"cls_token"}'),
         ("linear maps begin as PyTorch's", "        start_linear_maps(self)\n", ""),
         ("the class token begins large", "std=1e-6", "std=1"),
@@ -68,7 +72,6 @@ FAULTS = {
         ),
         ("keys come before queries", 'for part in "qkv"]', 'for part in "kqv"]'),
         ("keys go out before queries", 'zip("qkv", found', 'zip("kqv", found'),
-        ("parts share memory, which safetensors refuses", "tensor.clone()", "tensor"),
         (
             "names of transformers 5 are unknown",
             "renamed(state, _TRANSFORMERS + _SINCE_5)",
@@ -249,6 +252,7 @@ def test_parameters_and_multiply_adds(name, parameters, giga):
         macs = cost.macs(model, torch.zeros(1, 3, side, side))
     assert all(p.is_meta for p in [*model.parameters(), *model.buffers()])
     assert sum(p.numel() for p in model.parameters()) == parameters
+    assert all(block.attn.num_heads * 64 == model.num_features for block in model.blocks)
     assert giga is None or macs == pytest.approx(giga * 1e9, rel=0.005)
     dim, depth, n = model.num_features, len(model.blocks), (side // 16) ** 2
     assert macs == n * dim * 3 * 256 + depth * ((n + 1) * 12 * dim**2 + 2 * (n + 1) ** 2 * dim) + 1000 * dim

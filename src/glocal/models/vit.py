@@ -117,7 +117,7 @@ class ViT(Classifier):
     def _grid(self, size: Sequence[int]) -> tuple[int, int]:
         """Rows and columns of patches of an image (height, width)."""
         p = self.patch_embed.patch_size
-        return -(-size[0] // p), -(-size[1] // p)
+        return (size[0] + p - 1) // p, (size[1] + p - 1) // p  # said in sizes that torch.export can follow
 
 
 MODELS = {

@@ -81,8 +81,8 @@ def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = dict(state)
     for name in state:
         if ".attn.qkv." in name:
-            for part, tensor in zip("qkv", found.pop(name).chunk(3), strict=True):
-                found[name.replace(".qkv.", f".{part}.")] = tensor.clone()
+            for part, own in zip("qkv", found.pop(name).chunk(3), strict=True):
+                found[name.replace(".qkv.", f".{part}.")] = own
     return renamed(found, [(ours, theirs) for theirs, ours in _TRANSFORMERS])
 
 
