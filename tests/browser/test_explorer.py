@@ -408,7 +408,7 @@ def test_errors_of_rebuilding_are_printed(page, calls):
 
 # planted by scripts/mutate
 FAULTS = {
-    "report/explorer.js": (
+    "report/explorer_numbers.js": (
         ("steps near the top are narrower", "const STEP = 1.5 / 128", "const STEP = 1.2 / 128"),
         (
             "heads read one another's rows",
@@ -421,15 +421,16 @@ FAULTS = {
         ("the mean is a sum", "value / (scores ? seen[j] : images)", "value"),
         ("class tokens shift the query", "row: prefix + i * across + j,", "row: i * across + j,"),
         ("rows and columns of the query change places", "prefix + r * width + c", "prefix + c * width + r"),
-        ("arrow keys move two tokens", "const far = event.shiftKey ? 4 : 1;", "const far = event.shiftKey ? 4 : 2;"),
         ("distances forget the step of pooled sources", "origin[0] + step[0] * r - at[0]", "origin[0] + r - 2 * at[0]"),
         ("entropy is in nats", "bits -= size * Math.log2(size)", "bits -= size * Math.log(size)"),
+        ("ellipses are turned the other way", "Math.atan2(-2 * b, a - c)", "Math.atan2(2 * b, a - c)"),
         (
-            "a map's own largest weight sets the colour of all",
-            'if (state.scale === "all" && !own.scores) high = most;',
-            "",
+            "ellipses are turned a quarter",
+            "rx: MASS / Math.sqrt(small), ry: MASS / Math.sqrt(large)",
+            "rx: MASS / Math.sqrt(large), ry: MASS / Math.sqrt(small)",
         ),
-        ("layers do not share a scale", 'state.scale === "map" ? own.ranges[head]', "true ? own.ranges[head]"),
+    ),
+    "report/explorer_drawing.js": (
         (
             "what is not read has the colour of little",
             "if (value !== value) out[j] = 0;",
@@ -441,17 +442,14 @@ FAULTS = {
             "(value > 0 ? (overlaid ? less : down) : overlaid ? more : up)",
         ),
         ("the mark is half a token off", "(place - 0.5 - start) / each + 0.5", "(place - start) / each + 0.5"),
-        ("ellipses are turned the other way", "Math.atan2(-2 * b, a - c)", "Math.atan2(2 * b, a - c)"),
-        (
-            "ellipses are turned a quarter",
-            "rx: MASS / Math.sqrt(small), ry: MASS / Math.sqrt(large)",
-            "rx: MASS / Math.sqrt(large), ry: MASS / Math.sqrt(small)",
-        ),
         (
             "centres have rows for columns",
             'cx="${(column * unit).toFixed(2)}" cy="${(row * unit).toFixed(2)}"',
             'cx="${(row * unit).toFixed(2)}" cy="${(column * unit).toFixed(2)}"',
         ),
+    ),
+    "report/explorer_controls.js": (
+        ("arrow keys move two tokens", "const far = event.shiftKey ? 4 : 1;", "const far = event.shiftKey ? 4 : 2;"),
         (
             "names are read as HTML",
             'byId("read").replaceChildren(...parts);',
@@ -459,7 +457,16 @@ FAULTS = {
         ),
         ("the live region says nothing", 'byId("say").textContent =', "const nothing ="),
     ),
+    "report/explorer.js": (
+        (
+            "a map's own largest weight sets the colour of all",
+            'if (state.scale === "all" && !own.scores) high = most;',
+            "",
+        ),
+        ("layers do not share a scale", 'state.scale === "map" ? own.ranges[head]', "true ? own.ranges[head]"),
+    ),
     "report/explorer.py": (
+        ("a script is left out", '"explorer_drawing.js", "explorer_controls.js"', '"explorer_controls.js"'),
         ("text may end the element that holds it", 'text.replace("<", "\\\\u003c")', "text"),
         (
             "long indices are cut",

@@ -13,6 +13,9 @@ from markupsafe import Markup
 
 from glocal.report.page import render
 
+# in the order in which they need each other; the last one starts
+SCRIPTS = ("explorer_numbers.js", "explorer_drawing.js", "explorer_controls.js", "explorer.js")
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -49,7 +52,7 @@ def explorer(
         refused: Why a layer is missing, by its name.
         epochs: Where heads were during training, {"epoch": number, "layers": {name: {"centers", "precision"}}}.
     """
-    blocks = _Blocks()
+    blocks, folder = _Blocks(), files("glocal.report")
     ellipses = any(layer.centers is not None for layer in layers)
     epochs = epochs if ellipses else ()
     about = {
@@ -70,7 +73,7 @@ def explorer(
         sampled=[(layer.name, layer.stride) for layer in layers if layer.stride > 1],
         about=Markup(_for_script(json.dumps(about))),
         blocks=[Markup(text) for text in blocks.texts],
-        script=Markup(files("glocal.report").joinpath("explorer.js").read_text("utf-8")),
+        script=Markup("\n".join(folder.joinpath(name).read_text("utf-8") for name in SCRIPTS)),
         ellipses=ellipses,
         epochs=len(epochs),
     )
