@@ -51,3 +51,11 @@ def open_page(browser, tmp_path, complaints):
     for context in contexts:
         context.close()
     assert not complaints
+
+
+@pytest.fixture
+def lesson(open_page):
+    """The page of the lesson on a wide screen, standing still."""
+    from glocal.report.lesson import lesson_page
+
+    return open_page(lesson_page(), reduced_motion="reduce", viewport={"width": 1200, "height": 900})
