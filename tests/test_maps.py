@@ -1,5 +1,6 @@
 """Weights stored for a page come back: within 1/128 of the largest of their row, for every operator and every term."""
 
+import dataclasses
 import math
 import types
 
@@ -303,6 +304,42 @@ def test_locally_enhanced_attention_shows_its_attention_and_how_much_is_unary(po
         maps(calls)
 
 
+@pytest.mark.parametrize("position", ["classification", "detection"])
+def test_weights_that_are_not_those_of_the_locally_enhanced_sums_are_refused(position, monkeypatch):
+    """Running it again gives the same output, whatever its weights are said to be."""
+    torch.manual_seed(0)
+    spec = f"LocallyEnhancedAttention(grid_size=(4, 5), num_groups=2, position={position!r})"
+    mixer, x = glocal.build(spec, 16).eval(), torch.randn(2, 4, 5, 16)
+    for parameter in mixer.parameters():
+        parameter.data.add_(0.3 * torch.randn_like(parameter))
+    calls, real = recorded(mixer, x), mixer.weights
+    calls[0].weights(torch.tensor([7, 3]))
+    monkeypatch.setattr(
+        mixer, "weights", lambda *a, **k: dataclasses.replace(w := real(*a, **k), weights=w.weights.flip(-1))
+    )
+    for queries in (None, torch.tensor([7, 3])):
+        with pytest.raises(ValueError, match="rebuild the recorded output with a relative error"):
+            calls[0].weights(queries)
+    monkeypatch.undo()
+    calls[0].output.data.mul_(1.5)
+    with pytest.raises(ValueError, match="rebuild the recorded output with a relative error"):
+        calls[0].weights()
+
+
+def test_weights_of_locally_enhanced_attention_on_padding_are_refused():
+    mixer, x = glocal.build("LocallyEnhancedAttention(grid_size=4, num_groups=2)", 16).eval(), torch.randn(1, 4, 4, 16)
+    valid = torch.ones(1, 4, 4, dtype=torch.bool)
+    for last, refused in ((True, False), (False, True)):
+        valid[:, 3] = last
+        with torch.no_grad(), glocal.inspect(mixer) as seen:
+            mixer(x, valid=valid.clone())
+        if not refused:
+            torch.testing.assert_close(seen.calls[0].weights().weights, mixer.weights(x).weights)
+            continue
+        with pytest.raises(ValueError, match=r"was called with padding \(valid\), and LocallyEnhancedAttention shows"):
+            seen.calls[0].weights()
+
+
 def test_what_cannot_be_rebuilt_is_named_and_the_rest_shown():
     net = Net(glocal.build("SelfAttention(num_heads=4)", 32), glocal.build("DepthwiseConv(kernel_size=3)", 32))
     calls = []
@@ -407,6 +444,28 @@ FAULTS = {
         ),
         ("pooled sources have the step of the queries", "_pair(step, 1.0)", "(1.0, 1.0)"),
         ("signs are lost", "signed, shared = bool((found.weights < 0).any()),", "signed, shared = False,"),
+    ),
+    ("inspection.py", "test_maps.py"): (
+        (
+            "nothing ties what is shown to the sums of the run",
+            "max(_error(output, self.output), _error(rebuilt, sums if queries is None else sums[:, queries]))",
+            "_error(output, self.output)",
+        ),
+        ("its output may be another", "max(_error(output, self.output), _error(rebuilt,", "max(0, _error(rebuilt,"),
+        ("padding is not noticed", "if valid is not None and not bool(valid.all()):", "if False:"),
+        ("a share of what is not unary", "share = (1 / (1 + gate))", "share = (gate / (1 + gate))"),
+        ("shares of another call", "gate = self.mixer.terms(**self._call)", "gate = self.mixer.terms(2 * self.x)"),
+        (
+            "shares of what was changed",
+            "        self._check_unchanged()\n        with self._as_it_was(), torch.no_grad():\n            gate",
+            "        with self._as_it_was(), torch.no_grad():\n            gate",
+        ),
+        ("strided outputs count as the queries", "math.prod(self.query_grid)", "math.prod(self.output.shape[1:-1])"),
+        (
+            "parts are taken for weights of the whole",
+            "kind = PartsCall if _shows_parts(mixer) else Call",
+            "kind = Call",
+        ),
     ),
     ("analysis/distance.py", "test_maps.py"): (
         (

@@ -149,7 +149,8 @@ class Call:
 class PartsCall(Call):
     """One call of an operator that adds parts and shows their weights, where values depend on the offset (LESA).
 
-    `weights` are those of its attention; what is rebuilt is the sum of its parts.
+    `weights` are those of its attention. They have to rebuild its sums of values that are those of a token alone, and
+    its parts the recorded output: no output follows from the weights without values that depend on the offset.
     """
 
     @property
@@ -175,10 +176,22 @@ class PartsCall(Call):
 
     def _rebuild(self, queries: Tensor | None) -> tuple[Aggregation, float]:
         self._check_unchanged()
+        valid = self._call.get("valid")
+        if valid is not None and not bool(valid.all()):
+            raise ValueError(
+                f"{self.name}: was called with padding (valid), and {type(self.mixer).__name__} shows its weights "
+                "without any; show it images that fill their grid"
+            )
+        mixer: Any = self.mixer
         with self._as_it_was(), torch.no_grad():
-            found = self.mixer.weights(self.x, queries=queries)
-            rebuilt = self.mixer.mix(**self._call)  # type: ignore[operator]
-        return found, _error(rebuilt, self.output)
+            found = mixer.weights(self.x, queries=queries)
+            output = mixer.mix(**self._call)
+            attention, scale = mixer._attention(self.x, None, False)
+            sums = attention.binary(scale).unflatten(-1, (mixer.dim, -1))[..., 0]
+            rebuilt = (found.weights @ attention.v).transpose(1, 2).flatten(2)
+        if output.numel() == 0:
+            return found, 0.0
+        return found, max(_error(output, self.output), _error(rebuilt, sums if queries is None else sums[:, queries]))
 
 
 class Inspection:

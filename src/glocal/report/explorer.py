@@ -71,6 +71,7 @@ def explorer(
         refused=refused or {},
         worst=max(layer.error for layer in layers),
         sampled=[(layer.name, layer.stride) for layer in layers if layer.stride > 1],
+        offsets=[layer.name for layer in layers if layer.shares],
         about=Markup(_for_script(json.dumps(about))),
         blocks=[Markup(text) for text in blocks.texts],
         script=Markup("\n".join(folder.joinpath(name).read_text("utf-8") for name in SCRIPTS)),
