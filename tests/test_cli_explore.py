@@ -1,6 +1,7 @@
 """`glocal explore`: which model it finds, which images, what it says on the page, and how it refuses."""
 
 import json
+import os
 import sys
 import types
 
@@ -149,7 +150,8 @@ def one_line(capsys):
         (["RUN", "--layers", "nothing*"], "'nothing*' is the name of none; there are stages.0.0.mixer"),
         (["RUN", "--weights", "x.pt"], "has weights of its own"),
         (["RUN", "--dtype", "float8"], "--dtype"),
-        (["timm:resnet10t"], "no token mixer"),
+        (["timm:resnet10t"], "the model has no token mixer of this library and no attention of timm"),
+        (["timm:resnet10t", "--lesson"], "--lesson is a page without a model; leave out timm:resnet10t"),
         (["timm:resnet10t", "--weights", "gone.pt"], "gone.pt: no such file"),
     ],
 )
@@ -164,10 +166,36 @@ def test_a_model_of_which_nothing_can_be_seen_says_why():
         _chosen(seen, ())
 
 
-def test_a_page_that_cannot_be_written_is_said_in_one_line(run, tmp_path, capsys):
+@pytest.mark.parametrize("model", ["RUN", "--lesson"])
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        ("file/page.html", "file is a file; name another place"),
+        ("file/new/page.html", "file is a file; name another place"),
+        ("folder", "folder is a folder; name a file in it, such as"),
+        ("locked/new/page.html", "locked may not be changed; name another place"),
+    ],
+)
+def test_a_page_that_cannot_be_written_is_refused_before_it_is_computed(
+    run, tmp_path, capsys, monkeypatch, model, out, words
+):
     (tmp_path / "file").write_text("")
-    assert cli.main(["explore", str(run), "--out", str(tmp_path / "file" / "page.html")]) == 2
-    assert "file" in one_line(capsys)
+    for folder in ("folder", "locked"):
+        (tmp_path / folder).mkdir()
+    real = os.access  # permissions bind no root
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("locked") and real(path, mode))
+    for name in ("_page", "_lesson"):
+        monkeypatch.setattr(f"glocal.cli.explore.{name}", lambda *_: pytest.fail("computed"))
+    assert cli.main(["explore", str(run) if model == "RUN" else model, "--out", str(tmp_path / out)]) == 2
+    assert words in one_line(capsys)
+
+
+def test_a_page_is_written_over_an_older_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("glocal.cli.explore._lesson", lambda: "newer")
+    for out in ("page.html", "page.html", "new/one/page.html"):
+        assert cli.main(["explore", "--lesson", "--out", out]) == 0
+        assert (tmp_path / out).read_text() == "newer"
 
 
 def test_the_lesson_needs_no_model(tmp_path, monkeypatch):
@@ -205,6 +233,12 @@ FAULTS = {
             "return [call for call in seen if any(",
             "return [call for call in seen if True or any(",
         ),
+        ("a folder is taken for a file", "    if out.is_dir():", "    if False:"),
+        ("a file is taken for a folder", "    if not above.is_dir():", "    if False:"),
+        ("a locked folder is not noticed", "if not os.access(above, os.W_OK | os.X_OK):", "if False:"),
+        ("only the folder just above is looked at", "out.absolute().parents if folder.exists()", "[out.parent]"),
+        ("a page that cannot be written is computed first", "        _check_out(command.out)\n", ""),
+        ("a model without attention is left to others", "    if not seen.calls:\n", "    if False:\n"),
         ("epochs are left out", 'epochs=_epochs(folder / "heads.jsonl"),', "epochs=[],"),
         ("arguments in a model's name make it a path", 'r"\\w+(\\(.*\\))?", name)', 'r"\\w+", name)'),
         ("the type is not heeded", "model = loaded.model.to(dtype).eval()", "model = loaded.model.eval()"),

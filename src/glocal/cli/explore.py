@@ -1,6 +1,7 @@
 """`glocal explore`: a page of what every layer and head of a model reads."""
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -57,11 +58,25 @@ def explore_command(name: str, arguments: Sequence[str]) -> int:
     from glocal.checkpoint import write_text
 
     with said_in_one_line(name):
+        _check_out(command.out)
+        if command.lesson and command.model is not None:
+            raise UserError(f"--lesson is a page without a model; leave out {command.model}, or --lesson")
         page, said = (_lesson(), "") if command.lesson else _page(command)
         command.out.parent.mkdir(parents=True, exist_ok=True)
         write_text(command.out, page)
     print(f"{said}page: {command.out} ({len(page) / 1e6:.1f} MB)")
     return 0
+
+
+def _check_out(out: Path) -> None:
+    """Refuses what cannot be written before anything is computed."""
+    if out.is_dir():
+        raise UserError(f"--out: {out} is a folder; name a file in it, such as {out / 'explore.html'}")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise UserError(f"--out: {out} cannot be written, {above} is a file; name another place")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"--out: {out} cannot be written, {above} may not be changed; name another place")
 
 
 def _lesson() -> str:
@@ -108,6 +123,11 @@ def _chosen(seen: "Inspection", patterns: Sequence[str]) -> list[Any]:
     if not seen.calls and seen.refused:
         name, why = next(iter(seen.refused.items()))
         raise UserError(f"nothing to show: {name} {why}")
+    if not seen.calls:
+        raise UserError(
+            "nothing to show: the model has no token mixer of this library and no attention of timm, torchvision or "
+            "transformers that it reads; give a model that has, such as timm:vit_tiny_patch16_224"
+        )
     if not patterns:
         return list(seen)
     names = list(dict.fromkeys(call.name for call in seen))
