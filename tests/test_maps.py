@@ -290,7 +290,7 @@ def test_locally_enhanced_attention_shows_its_attention_and_how_much_is_unary(po
     assert calls[0].rebuild_error() < 1e-6
     for budget in (10**6, 2 * 2 * 20 * 5):
         ((found,), refused) = maps(calls, budget=budget)
-        assert not refused and found.queries.grid == (4, 5) and found.kind == "weights"
+        assert not refused and found.queries.grid == (4, 5) and found.queries.prefix == 0 and found.kind == "weights"
         assert found.stride == (1 if budget == 10**6 else 2)
     ((found,), _) = maps(calls)
     weights = mixer.weights(x).weights.detach().double().numpy()
@@ -302,6 +302,8 @@ def test_locally_enhanced_attention_shows_its_attention_and_how_much_is_unary(po
         mixer.reasoning[1].weight.mul_(2)
     with pytest.raises(ValueError, match=r"its parameter reasoning\.1\.weight was changed in place"):
         maps(calls)
+    with pytest.raises(ValueError, match=r"its parameter reasoning\.1\.weight was changed in place"):
+        calls[0].shares()
 
 
 @pytest.mark.parametrize("position", ["classification", "detection"])

@@ -406,6 +406,15 @@ def test_errors_of_rebuilding_are_printed(page, calls):
     assert re.search(r"rebuilt to \d\s×\s10⁻[⁰¹²³⁴⁵⁶⁷⁸⁹]+", page.locator(".layer").first.inner_text())
 
 
+def test_what_is_rebuilt_where_values_depend_on_the_offset_is_said(html):
+    mixer = glocal.build("LocallyEnhancedAttention(grid_size=(5, 6), num_groups=2)", 16).eval()
+    with torch.no_grad(), glocal.inspect(nn.Sequential(mixer)) as seen:
+        seen._model(torch.randn(1, *GRID, 16))
+    page = explorer("some", [Picture("0", png(0))], maps(list(seen))[0])
+    said = " In 0 values depend on the offset, too: there the weights"
+    assert said in page and "values depend on the offset" not in html
+
+
 # planted by scripts/mutate
 FAULTS = {
     "report/explorer_numbers.js": (
@@ -480,6 +489,12 @@ FAULTS = {
         ),
         ("the worst error is the best", "worst=max(layer.error", "worst=min(layer.error"),
         ("what is missing is not said", "refused=refused or {},", "refused={},"),
+        (
+            "all layers count as rebuilt by their weights alone",
+            "for layer in layers if layer.shares]",
+            "for layer in ()]",
+        ),
+        ("none does", "for layer in layers if layer.shares]", "for layer in layers]"),
         ("sampling is not said", "if layer.stride > 1],", "if layer.stride > 99],"),
     ),
 }
