@@ -323,6 +323,7 @@ def test_weights_that_are_not_those_of_the_locally_enhanced_sums_are_refused(pos
         with pytest.raises(ValueError, match="rebuild the recorded output with a relative error"):
             calls[0].weights(queries)
     monkeypatch.undo()
+    assert recorded(mixer, x[:0])[0].rebuild_error() == 0
     calls[0].output.data.mul_(1.5)
     with pytest.raises(ValueError, match="rebuild the recorded output with a relative error"):
         calls[0].weights()

@@ -93,8 +93,6 @@ class Call:
                 rebuilt = self.mixer.project(aggregate(found, self.mixer._values(x, bound)))
         output = self.output.detach().flatten(1, -2)
         output = output if queries is None else output[:, queries]
-        if output.numel() == 0:
-            return found, 0.0
         if (real := self._real(x, bound)) is not None:
             rebuilt, output = (rows.masked_fill(~real[..., None], 0) for rows in (rebuilt, output))
         return found, _error(rebuilt, output)
@@ -189,8 +187,6 @@ class PartsCall(Call):
             attention, scale = mixer._attention(self.x, None, False)
             sums = attention.binary(scale).unflatten(-1, (mixer.dim, -1))[..., 0]
             rebuilt = (found.weights @ attention.v).transpose(1, 2).flatten(2)
-        if output.numel() == 0:
-            return found, 0.0
         return found, max(_error(output, self.output), _error(rebuilt, sums if queries is None else sums[:, queries]))
 
 
@@ -323,7 +319,9 @@ def inspect(model: nn.Module) -> Inspection:
 
 
 def _error(rebuilt: Tensor, output: Tensor) -> float:
-    """Largest difference, relative to the largest entry."""
+    """Largest difference, relative to the largest entry; 0 where there is none."""
+    if output.numel() == 0:
+        return 0.0
     difference = (rebuilt.double() - output.double()).abs().max()
     return float(difference / output.double().abs().max().clamp(min=torch.finfo(output.dtype).tiny))
 
