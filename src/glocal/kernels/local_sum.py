@@ -21,6 +21,8 @@ from torch.utils.flop_counter import register_flop_formula
 from glocal.kernels import compiled
 
 LONGEST = 63  # taps along an axis that the compiled code unrolls
+# Up to so many taps sources are read where they are; beyond, it was measured to pay to copy them to panels.
+IN_PLACE, IN_PLACE_SHARED = 15, 3
 
 
 def local_sum(
@@ -181,12 +183,12 @@ def _source(x: Tensor, shape: Sequence[int], kernel: Sequence[int], dilation: in
     """The C file for weights of this shape, and what it is built for besides the kernel."""
     lanes, width = 32 // max(x.element_size(), 4), x.shape[-1] // max(shape[-2], 1)
     if _shared(shape):
-        if max(kernel) <= 3 and dilation == 1 and x.shape[-1] % lanes == 0:
+        if max(kernel) <= IN_PLACE_SHARED and dilation == 1 and x.shape[-1] % lanes == 0:
             return "local_sum_small.c", {}
         return "local_sum.c", {"SHARED": 1, "DILATION": dilation}
     if 0 < width < lanes:
         return "local_sum_narrow.c", {"D": width, "DILATION": dilation}
-    if len(kernel) == dilation == 1 and width % lanes == 0 and kernel[0] <= 15:
+    if len(kernel) == dilation == 1 and width % lanes == 0 and kernel[0] <= IN_PLACE:
         return "local_sum_row.c", {"D": width}
     return "local_sum.c", {"D": width, "DILATION": dilation}
 

@@ -1,6 +1,6 @@
-/* The sums of local_sum.c for kernels of three taps or fewer along an axis, the same at all positions, and channels that
-   fill whole vectors: so few sums for each source that to copy it to a panel would take as long. Everything is read where
-   it is; the taps stay in registers while a line of sources goes by.
+/* The sums of local_sum.c for kernels of three taps or fewer along an axis, the same at all positions, and channels
+   that fill whole vectors: to copy a source to a panel would take as long as the few sums that it enters, so everything
+   is read where it is. The taps stay in registers while a line of sources goes by.
 
    The build defines KH, KW and one of SUM, PRODUCTS. */
 
@@ -8,14 +8,6 @@
 
 #define TAPS (KH * KW)
 #define WIDE LANES
-#if defined(SUM)
-#define TILE 8 /* neighboring positions whose sums registers hold */
-#else
-#define TILE 4 /* whose factors they hold beside the taps */
-#ifndef CHUNK
-#define CHUNK 32 /* columns that a vector of channels is taken through at once */
-#endif
-#endif
 #if defined(SUM)
 #define TILE 8 /* neighboring positions whose sums registers hold */
 #else
@@ -43,8 +35,8 @@ INLINE vec source_at(line of, int64_t column) { return load_widened(of.cells + c
 
 #if defined(SUM)
 
-/* Sums at the columns from `j` on for a vector of channels; each source is loaded once for all that it enters. `inside`:
-   none is missing, and there are TILE. */
+/* Sums at the columns from `j` on for a vector of channels; each source is loaded once for all that it enters.
+   `inside`: none is missing, and there are TILE. */
 INLINE void sum_tile(scalar *y, int64_t channels, int64_t j, int64_t count, const line of[KH], int64_t in_columns,
                      int64_t offset, const real *w, int inside) {
     vec sums[TILE];
@@ -165,7 +157,7 @@ int local_sum_products(const scalar *x, const scalar *y, scalar *w, SIZES) {
     int64_t kernels = image_stride ? images : 1, rows = images / MAX(kernels, 1) * out_rows;
     int64_t parts = ceiling(channels, PART), slots = MIN(rows, ceiling(TASKS, MAX(kernels * parts, 1)));
     int64_t size = TAPS * channels, groups = channels / group_channels;
-    real *sums = calloc(MAX(kernels * slots * size, 1), sizeof(real)); /* [kernels, slots, channels / LANES, TAPS, LANES] */
+    real *sums = calloc(MAX(kernels * slots * size, 1), sizeof(real));
     if (!sums) return 1;
 #pragma omp parallel num_threads(threads)
     {

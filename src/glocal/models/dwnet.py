@@ -12,16 +12,8 @@ from torch import Tensor, nn
 
 from glocal.arguments import one_of, per_axis, positive
 from glocal.blocks import DropPath, Mlp
-from glocal.models.classifier import (
-    Classifier,
-    Stage,
-    drop_path_rates,
-    linear_or_none,
-    mlp_width,
-    per_stage,
-    start_linear_maps,
-)
-from glocal.models.parts import PatchEmbed, PatchMerging, PreNormBlock
+from glocal.models.classifier import Classifier, mlp_width, per_stage
+from glocal.models.parts import PreNormBlock, Pyramid
 from glocal.spec import build
 
 
@@ -74,7 +66,7 @@ def layer_norm_block(dim: int, mixer: nn.Module, *, mlp_ratio: float = 4, drop_p
     return PreNormBlock(dim, nn.Sequential(maps), mlp_ratio=mlp_ratio, drop_path=drop_path)
 
 
-class DWNet(Classifier):
+class DWNet(Pyramid):
     """DWNet: images [B, in_chans, H, W] -> scores [B, num_classes] by depthwise convolutions or their like.
 
     Args:
@@ -112,8 +104,6 @@ class DWNet(Classifier):
     released: local MLP has Swin's shifted windows, "pre_ln" has a linear map before and behind the mixer, as attention.
     """
 
-    classifiers = ("head.fc",)
-
     def __init__(
         self,
         mixer: str,
@@ -137,36 +127,22 @@ class DWNet(Classifier):
         positive("kernel_size", kernel_size)
         groups = None if num_groups is None else per_stage("num_groups", num_groups, len(dims))
         one_of("block", block, ("post_bn", "pre_ln"))
-        super().__init__(in_chans=in_chans, num_classes=num_classes, num_features=dims[-1])
-        self.patch_embed = PatchEmbed(in_chans, dims[0], positive("patch_size", patch_size))
         make = BatchNormBlock if block == "post_bn" else layer_norm_block
-        rates = drop_path_rates(drop_path_rate, depths)
-        stages = []
-        for i, dim in enumerate(dims):
-            blocks = [
-                make(
-                    dim,
-                    _mixer(mixer, dim, kernel_size, None if groups is None else groups[i], shifted=j % 2 == 1),
-                    mlp_ratio=mlp_ratio,
-                    drop_path=next(rates),
-                )
-                for j in range(depths[i])
-            ]
-            stages.append(Stage(PatchMerging(dims[i - 1], dim) if i else nn.Identity(), blocks))
-            self.feature_info.append({"num_chs": dim, "reduction": patch_size * 2**i, "module": f"layers.{i}"})
-        self.layers = nn.ModuleList(stages)
-        self.norm = nn.LayerNorm(dims[-1])
-        self.head = nn.Sequential(OrderedDict(fc=linear_or_none(dims[-1], num_classes)))
-        start_linear_maps(self)
 
-    def stem(self, x: Tensor) -> Tensor:
-        return self.patch_embed(x)
+        def block_of(stage: int, number: int, drop_path: float) -> nn.Module:
+            own = None if groups is None else groups[stage]
+            placed = _mixer(mixer, dims[stage], kernel_size, own, shifted=number % 2 == 1)
+            return make(dims[stage], placed, mlp_ratio=mlp_ratio, drop_path=drop_path)
 
-    def stages(self) -> Sequence[nn.Module]:
-        return list(self.layers)
-
-    def finish(self, x: Tensor) -> Tensor:
-        return self.norm(x)
+        super().__init__(
+            block_of,
+            num_classes=num_classes,
+            in_chans=in_chans,
+            patch_size=patch_size,
+            dims=dims,
+            depths=depths,
+            drop_path_rate=drop_path_rate,
+        )
 
 
 def _mixer(spec: str, dim: int, kernel_size: int, num_groups: int | None, *, shifted: bool) -> nn.Module:

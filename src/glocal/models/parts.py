@@ -1,12 +1,22 @@
 """Parts of several published networks, under timm's names. Tokens [B, H, W, C], channels last."""
 
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from glocal.arguments import positive
 from glocal.blocks import DropPath, Mlp
-from glocal.models.classifier import mlp_width
+from glocal.models.classifier import (
+    Classifier,
+    Stage,
+    drop_path_rates,
+    linear_or_none,
+    mlp_width,
+    start_linear_maps,
+)
 
 
 class PatchEmbed(nn.Module):
@@ -77,3 +87,51 @@ class PreNormBlock(nn.Module):
     def forward(self, x: Tensor, **call: Any) -> Tensor:
         x = x + self.drop_path1(self.attn(self.norm1(x), **call))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+
+class Pyramid(Classifier):
+    """Swin's skeleton: patches, stages of blocks with merged tokens between them, norm, mean, linear map.
+
+    Args:
+        block: the stage, the block's number in it and its rate of stochastic depth -> tokens [B, H, W, C] to the same.
+        num_classes, in_chans: see `Classifier`.
+        patch_size: pixels along a side of a token of the first stage.
+        dims: channels of every stage.
+        depths: blocks of every stage.
+        drop_path_rate: of the last block; it grows linearly from 0 in the first.
+    """
+
+    classifiers = ("head.fc",)
+
+    def __init__(
+        self,
+        block: Callable[[int, int, float], nn.Module],
+        *,
+        num_classes: int,
+        in_chans: int,
+        patch_size: int,
+        dims: Sequence[int],
+        depths: Sequence[int],
+        drop_path_rate: float,
+    ) -> None:
+        super().__init__(in_chans=in_chans, num_classes=num_classes, num_features=dims[-1])
+        self.patch_embed = PatchEmbed(in_chans, dims[0], positive("patch_size", patch_size))
+        rates = drop_path_rates(drop_path_rate, depths)
+        stages = []
+        for i, dim in enumerate(dims):
+            blocks = [block(i, j, next(rates)) for j in range(depths[i])]
+            stages.append(Stage(PatchMerging(dims[i - 1], dim) if i else nn.Identity(), blocks))
+            self.feature_info.append({"num_chs": dim, "reduction": patch_size * 2**i, "module": f"layers.{i}"})
+        self.layers = nn.ModuleList(stages)
+        self.norm = nn.LayerNorm(dims[-1])
+        self.head = nn.Sequential(OrderedDict(fc=linear_or_none(dims[-1], num_classes)))
+        start_linear_maps(self)
+
+    def stem(self, x: Tensor) -> Tensor:
+        return self.patch_embed(x)
+
+    def stages(self) -> Sequence[nn.Module]:
+        return list(self.layers)
+
+    def finish(self, x: Tensor) -> Tensor:
+        return self.norm(x)

@@ -3,26 +3,18 @@
 B images, C channels, H W pixels.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from torch import Tensor, nn
+from torch import nn
 
-from glocal.arguments import per_axis, positive
-from glocal.models.classifier import (
-    Classifier,
-    Stage,
-    drop_path_rates,
-    linear_or_none,
-    per_stage,
-    start_linear_maps,
-)
-from glocal.models.parts import PatchEmbed, PatchMerging, PreNormBlock
+from glocal.arguments import per_axis
+from glocal.models.classifier import Classifier, per_stage
+from glocal.models.parts import PreNormBlock, Pyramid
 from glocal.spec import build
 
 
-class SwinTransformer(Classifier):
+class SwinTransformer(Pyramid):
     """Swin Transformer: images [B, in_chans, H, W] -> scores [B, num_classes] by attention in windows.
 
     Args:
@@ -58,8 +50,6 @@ class SwinTransformer(Classifier):
     regions of a shifted window are not seen at all, where the released code takes 100 from their scores.
     """
 
-    classifiers = ("head.fc",)
-
     def __init__(
         self,
         *,
@@ -80,44 +70,29 @@ class SwinTransformer(Classifier):
         dims = per_stage("dims", dims)
         depths = per_stage("depths", depths, len(dims))
         heads = (None,) * len(dims) if num_heads is None else per_stage("num_heads", num_heads, len(dims))
-        super().__init__(in_chans=in_chans, num_classes=num_classes, num_features=dims[-1])
         window = per_axis("window_size", window_size, 2)
-        self.patch_embed = PatchEmbed(in_chans, dims[0], positive("patch_size", patch_size))
-        rates = drop_path_rates(drop_path_rate, depths)
-        stages = []
-        for i, dim in enumerate(dims):
-            blocks = [
-                PreNormBlock(
-                    dim,
-                    build(
-                        "WindowAttention",
-                        dim,
-                        window_size=window,
-                        num_heads=heads[i],
-                        shift_size=min(window) // 2 if j % 2 else 0,
-                        qkv_bias=qkv_bias,
-                        mask_padding=mask_padding,
-                    ),
-                    mlp_ratio=mlp_ratio,
-                    drop_path=next(rates),
-                )
-                for j in range(depths[i])
-            ]
-            stages.append(Stage(PatchMerging(dims[i - 1], dim) if i else nn.Identity(), blocks))
-            self.feature_info.append({"num_chs": dim, "reduction": patch_size * 2**i, "module": f"layers.{i}"})
-        self.layers = nn.ModuleList(stages)
-        self.norm = nn.LayerNorm(dims[-1])
-        self.head = nn.Sequential(OrderedDict(fc=linear_or_none(dims[-1], num_classes)))
-        start_linear_maps(self)
 
-    def stem(self, x: Tensor) -> Tensor:
-        return self.patch_embed(x)
+        def block(stage: int, number: int, drop_path: float) -> nn.Module:
+            attention = build(
+                "WindowAttention",
+                dims[stage],
+                window_size=window,
+                num_heads=heads[stage],
+                shift_size=min(window) // 2 if number % 2 else 0,
+                qkv_bias=qkv_bias,
+                mask_padding=mask_padding,
+            )
+            return PreNormBlock(dims[stage], attention, mlp_ratio=mlp_ratio, drop_path=drop_path)
 
-    def stages(self) -> Sequence[nn.Module]:
-        return list(self.layers)
-
-    def finish(self, x: Tensor) -> Tensor:
-        return self.norm(x)
+        super().__init__(
+            block,
+            num_classes=num_classes,
+            in_chans=in_chans,
+            patch_size=patch_size,
+            dims=dims,
+            depths=depths,
+            drop_path_rate=drop_path_rate,
+        )
 
 
 MODELS: dict[str, Callable[..., Classifier]] = {
