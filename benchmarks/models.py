@@ -1,0 +1,137 @@
+"""Published networks beside timm's with the same weights, in one process, turn by turn: forward and training step.
+
+    python benchmarks/models.py [NAME...] [--batch 8] [--size 224] [--rounds 9] [--device cuda] [--dtype bfloat16]
+                                [--compiled] [--out models.jsonl]
+
+timm's stands twice, in contiguous and in channels-last memory; the better of both counts. A training step is forward,
+cross entropy and backward, without the optimizer, which is the same for both. A network that timm does not have (DWNet
+and its kin) stands beside timm's Swin-T. Of the matrix multiplications alone, at the rate that this machine reached
+in the same run, a forward pass needs its multiply-adds and a step three times as many: percent of that floor. For a
+quiet machine.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+from run import surroundings
+from timing import interleaved, matmul_rate, summary
+from torch import nn
+
+import glocal
+from glocal.analysis.cost import macs
+
+PARTNERS = {
+    "swin_tiny": "swin_tiny_patch4_window7_224",
+    "coatnet_0": "coatnet_0_224",
+    "volo_d1": "volo_d1_224",
+    "vit_small": "vit_small_patch16_224",
+    "resnet50": "resnet50",
+}
+KIN = ("dwnet_tiny", "d_dwnet_tiny", "i_d_dwnet_tiny", "local_mlp_tiny")  # Swin-T with something else for attention
+
+
+def partner(name: str, ours: nn.Module) -> nn.Module | None:
+    """timm's network with the weights of ours; of a network of its own none."""
+    if name not in PARTNERS:
+        return None
+    theirs = timm.create_model(PARTNERS[name])
+    theirs.load_state_dict(ours.state_dict())
+    return theirs
+
+
+def calls(net: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """By pass; the network is put into the mode of the pass by every call."""
+    wanted = [p for p in net.parameters() if p.requires_grad]
+
+    def forward() -> None:
+        net.eval()
+        with torch.no_grad():
+            net(images)
+        settle(images)
+
+    def step() -> None:
+        net.train()
+        torch.autograd.grad(nn.functional.cross_entropy(net(images).float(), labels), wanted)
+        settle(images)
+
+    return {"forward": forward, "step": step}
+
+
+def settle(images: torch.Tensor) -> None:
+    """A GPU finishes what it was told to do."""
+    if images.is_cuda:
+        torch.cuda.synchronize()
+
+
+def measure(name: str, given: argparse.Namespace) -> list[dict[str, object]]:
+    """A row for each pass."""
+    torch.manual_seed(0)
+    kind = {"device": given.device, "dtype": getattr(torch, given.dtype)}
+    images = torch.randn(given.batch, 3, given.size, given.size).to(**kind)
+    labels = torch.randint(0, 1000, (given.batch,), device=given.device)
+    last = images.contiguous(memory_format=torch.channels_last)
+    ours = glocal.create_model(name)
+    products = given.batch * macs(ours, torch.zeros(1, 3, given.size, given.size))
+    theirs = partner(name, ours)
+    nets = {"glocal": (ours, images)}
+    if theirs is not None:
+        again = partner(name, ours)
+        assert again is not None
+        nets |= {"timm": (theirs, images), "timm, channels last": (again.to(memory_format=torch.channels_last), last)}
+    else:
+        nets["timm's Swin-T"] = (timm.create_model(PARTNERS["swin_tiny"]), images)
+    for net, _ in nets.values():
+        net.to(**kind)
+    if given.compiled:
+        nets |= {f"{who}, compiled": (torch.compile(net), x) for who, (net, x) in list(nets.items())}
+    runs = {who: calls(net, x, labels) for who, (net, x) in nets.items()}
+    rate = matmul_rate()
+    rows = []
+    for which in ("forward", "step"):
+        times = interleaved({who: run[which] for who, run in runs.items()}, rounds=given.rounds, seconds=given.seconds)
+        found = {who: summary(each) for who, each in times.items()}
+        rate = max(rate, matmul_rate())
+        floor = products * (1 if which == "forward" else 3) / rate
+        rival = min((who for who in found if who != "glocal"), key=lambda who: found[who].median)
+        faster = statistics.median(t / o for t, o in zip(times[rival], times["glocal"], strict=False))
+        print(f"\n{name}, {which}, {given.batch} x {given.size}, {given.dtype}, {given.device}", flush=True)
+        for who, one in found.items():
+            print(f"  {who:<30}{1e3 * one.median:9.1f} ms ({1e3 * one.low:.1f} to {1e3 * one.high:.1f})", flush=True)
+        ratio = found[rival].median / found["glocal"].median
+        share = 100 * floor / found["glocal"].median
+        print(f"  {ratio:.3f} x faster than {rival} (turn by turn {faster:.3f}), {share:.0f} % of the floor", flush=True)
+        row: dict[str, object] = {"model": name, "pass": which, "batch": given.batch, "size": given.size}
+        row |= {"dtype": given.dtype, "device": given.device, "threads": torch.get_num_threads(), "rival": rival}
+        row |= {"ratio": ratio, "ratio_by_turn": faster, "percent_of_floor": share, "matmul_gmac_s": rate / 1e9}
+        row["ms"] = {who: [1e3 * t for t in each] for who, each in times.items()}
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", default=[*PARTNERS, *KIN])
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=60, help="that the turns of one network may take together")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--compiled", action="store_true", help="each network also under torch.compile")
+    parser.add_argument("--out", type=Path, help="JSON lines are added to this file")
+    given = parser.parse_args()
+    about = surroundings()
+    for name in given.names:
+        for row in measure(name, given):
+            if given.out:
+                with given.out.open("a") as file:
+                    file.write(json.dumps(row | about) + "\n")
+
+
+if __name__ == "__main__":
+    main()
