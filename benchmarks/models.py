@@ -104,7 +104,9 @@ def measure(name: str, given: argparse.Namespace) -> list[dict[str, object]]:
             print(f"  {who:<30}{1e3 * one.median:9.1f} ms ({1e3 * one.low:.1f} to {1e3 * one.high:.1f})", flush=True)
         ratio = found[rival].median / found["glocal"].median
         share = 100 * floor / found["glocal"].median
-        print(f"  {ratio:.3f} x faster than {rival} (turn by turn {faster:.3f}), {share:.0f} % of the floor", flush=True)
+        print(
+            f"  {ratio:.3f} x faster than {rival} (turn by turn {faster:.3f}), {share:.0f} % of the floor", flush=True
+        )
         row: dict[str, object] = {"model": name, "pass": which, "batch": given.batch, "size": given.size}
         row |= {"dtype": given.dtype, "device": given.device, "threads": torch.get_num_threads(), "rival": rival}
         row |= {"ratio": ratio, "ratio_by_turn": faster, "percent_of_floor": share, "matmul_gmac_s": rate / 1e9}

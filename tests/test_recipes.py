@@ -1,16 +1,20 @@
 """Recipes: each is one file that says its command, its time and what to expect, and trains."""
 
 import ast
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from glocal.cli import main
 from glocal.cli.parsing import parse
-from glocal.config import TrainCommand
+from glocal.compare import Study
+from glocal.config import CompareConfig, TrainCommand
+from glocal.data import ImageData
 from glocal.tasks.classification import build_model
 
 from .small_study import write_digits
@@ -33,14 +37,32 @@ def test_says_command_time_and_what_to_expect(path):
     assert "\nTime: " in text and "\nExpected: " in text
 
 
-def test_the_papers_recipe():
-    run = parse(TrainCommand, "glocal train", recipe(FOLDER / "all_attention_cifar10.py")).run
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("all_attention_cifar10", 12_086_844), ("resnet18_cifar10", 11_173_962)]
+)
+def test_the_papers_recipe(name, parameters):
+    run = parse(TrainCommand, "glocal train", recipe(FOLDER / f"{name}.py")).run
     train = run.train
     assert (train.optimizer, train.lr, train.weight_decay, train.batch_size) == ("sgd", 0.1, 1e-4, 100)
     assert (train.epochs, train.warmup, train.crop_padding, train.flip) == (300, 0.05, 4, True)
     assert train.label_smoothing == train.max_grad_norm == 0 and run.seed == 42
     model = build_model(run.model, in_chans=3, num_classes=10, img_size=(32, 32))
-    assert sum(p.numel() for p in model.parameters()) == 12_086_844
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "candidates", "runs"), [("layouts_cifar10", 5, 45), ("local_operators_cifar10", 6, 18)]
+)
+def test_a_recipe_compares_networks_of_equal_cost(name, candidates, runs, tmp_path):
+    config = parse(CompareConfig, "glocal compare", recipe(FOLDER / f"{name}.py"))
+    config = dataclasses.replace(config, data=("cifar",), out=tmp_path)
+    images = torch.zeros(400, 3, 32, 32, dtype=torch.uint8)
+    labels = torch.arange(400) % 10
+    data = ImageData("cifar", images, labels, images[:100], labels[:100], tuple("abcdefghij"), "folder")
+    study = Study(config, {"cifar": data})
+    assert sum(len(phase) for phase in study.plan.phases) == runs
+    costs = {cell.name: cell.network.macs for cell in study.plan.cells}
+    assert len(costs) == candidates and max(costs.values()) <= 1.04 * min(costs.values())
 
 
 def test_a_recipe_trains_and_resumes(tmp_path):

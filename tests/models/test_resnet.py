@@ -33,7 +33,9 @@ FAULTS = {
         ("the first stage is coarser than the stem", "2 if i and not j else 1", "2 if not j else 1"),
         ("every block is coarser", "2 if i and not j else 1", "2 if i else 1"),
         ("wide networks are not", "round(width * width_ratio)", "width"),
-        ("strides count from 2", "4 * 2**i", "2 * 2**i"),
+        ("strides count from 2", "halving**2 * 2**i", "2 * 2**i"),
+        ("the small stem strides", '"3x3": (3, 1)', '"3x3": (3, 2)'),
+        ("the small stem pools", "if self.conv1.stride[0] > 1:", "if True:"),
         ("the stem does not pool", "F.max_pool2d(x, 3, stride=2, padding=1)", "F.max_pool2d(x, 1, stride=2)"),
         ("the stem is linear", "F.relu(self.bn1(self.conv1(x.contiguous(", "(self.bn1(self.conv1(x.contiguous("),
         ("a skip path of the same grid but another width is missing", "stride == 1 and dim == out_dim", "stride == 1"),
@@ -183,6 +185,18 @@ def test_parameters_and_multiply_adds(name, parameters, giga):
     assert [(k, v.shape) for k, v in other.state_dict().items()] == [
         (k, v.shape) for k, v in model.state_dict().items()
     ]
+
+
+def test_the_network_for_small_images():
+    theirs = pytest.importorskip("torchvision").models.resnet18(num_classes=10)
+    theirs.conv1, theirs.maxpool = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False), torch.nn.Identity()
+    ours = glocal.create_model("resnet18_cifar")
+    assert sum(p.numel() for p in ours.parameters()) == 11_173_962
+    assert [info["reduction"] for info in ours.feature_info] == [1, 2, 4, 8]
+    with torch.device("meta"):
+        assert cost.macs(glocal.create_model("resnet18_cifar"), torch.zeros(1, 3, 32, 32)) == 555_422_720
+    theirs.load_state_dict(ours.state_dict())
+    same(ours.double(), theirs.double(), torch.randn(2, 3, 32, 20, dtype=torch.float64))
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ B images, C channels, H W pixels.
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from glocal.models.classifier import Blocks, Classifier, drop_path_rates, linear
 from glocal.spec import build
 
 _EXPANSION = {"basic": 1, "bottleneck": 4}  # channels that a block gives, over its stage's own
+_STEMS = {"7x7": (7, 2), "3x3": (3, 1)}  # pixels along a side of its kernel, and their stride
 
 
 class BasicBlock(nn.Module):
@@ -87,13 +89,15 @@ class ResNet(Classifier):
         block: "basic" or "bottleneck", whose blocks give four times their stage's channels; the name's own.
         depths: blocks of every stage; the name's own.
         dims: channels of every stage; the stem has those of the first.
+        stem: "7x7" with stride 2 and a max pooling, for large images, or "3x3" with neither, for those of 32 pixels.
         width_ratio: channels inside blocks over their stage's: of the bottlenecks' 3x3 convolutions.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0 in the first.
 
     Shape:
-        Any H and W: the stem and every stage but the first halve the grid, and an odd one loses nothing.
+        Any H and W: the 7x7 stem, twice, and every stage but the first halve the grid, and an odd one loses nothing.
 
-    Cost: at 224 pixels 1.814 G (18), 4.089 G (50), 7.801 G (101), 11.40 G (wide 50) multiply-adds.
+    Cost: at 224 pixels 1.814 G (18), 4.089 G (50), 7.801 G (101), 11.40 G (wide 50) multiply-adds; 555 M for
+        `resnet18_cifar` at 32 pixels.
 
     Raises:
         ValueError: sizes below 1, not one number of dims for each of depths, a rate outside 0 <= rate < 1; at run
@@ -117,6 +121,7 @@ class ResNet(Classifier):
         block: str,
         depths: Sequence[int],
         dims: Sequence[int] = (64, 128, 256, 512),
+        stem: Literal["7x7", "3x3"] = "7x7",
         width_ratio: float = 1,
         drop_path_rate: float = 0,
     ) -> None:
@@ -125,7 +130,8 @@ class ResNet(Classifier):
         dims = per_stage("dims", dims, len(depths))
         expansion = _EXPANSION[one_of("block", block, tuple(_EXPANSION))]
         super().__init__(in_chans=in_chans, num_classes=num_classes, num_features=expansion * dims[-1])
-        self.conv1 = nn.Conv2d(in_chans, dims[0], 7, stride=2, padding=3, bias=False)
+        kernel_size, halving = _STEMS[one_of("stem", stem, tuple(_STEMS))]
+        self.conv1 = nn.Conv2d(in_chans, dims[0], kernel_size, stride=halving, padding=kernel_size // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(dims[0])
         rates = drop_path_rates(drop_path_rate, depths)
         make = BasicBlock if block == "basic" else Bottleneck
@@ -138,7 +144,7 @@ class ResNet(Classifier):
                 blocks.append(make(dim, inner, out_dim, stride=stride, drop_path=next(rates)))
                 dim = out_dim
             self.add_module(f"layer{i + 1}", Blocks(*blocks))
-            self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**i, "module": f"layer{i + 1}"})
+            self.feature_info.append({"num_chs": dim, "reduction": halving**2 * 2**i, "module": f"layer{i + 1}"})
         self.fc = linear_or_none(dim, num_classes)
         for parameter in self.parameters():
             if parameter.dim() == 4:
@@ -147,7 +153,9 @@ class ResNet(Classifier):
     def stem(self, x: Tensor) -> Tensor:
         # in channels_last memory the output is laid out as tokens
         x = F.relu(self.bn1(self.conv1(x.contiguous(memory_format=torch.channels_last))))
-        return F.max_pool2d(x, 3, stride=2, padding=1).movedim(1, -1)
+        if self.conv1.stride[0] > 1:
+            x = F.max_pool2d(x, 3, stride=2, padding=1)
+        return x.movedim(1, -1)
 
     def stages(self) -> Sequence[nn.Module]:
         return [self.get_submodule(info["module"]) for info in self.feature_info]
@@ -171,6 +179,7 @@ def _skip(downsample: nn.Module | None, x: Tensor) -> Tensor:
 
 MODELS = {
     "resnet18": partial(ResNet, block="basic", depths=(2, 2, 2, 2)),
+    "resnet18_cifar": partial(ResNet, block="basic", depths=(2, 2, 2, 2), stem="3x3", num_classes=10, img_size=32),
     "resnet50": partial(ResNet, block="bottleneck", depths=(3, 4, 6, 3)),
     "resnet101": partial(ResNet, block="bottleneck", depths=(3, 4, 23, 3)),
     "wide_resnet50": partial(ResNet, block="bottleneck", depths=(3, 4, 6, 3), width_ratio=2),
