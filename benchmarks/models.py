@@ -19,7 +19,7 @@ from pathlib import Path
 import timm
 import torch
 from run import surroundings
-from timing import interleaved, matmul_rate, summary
+from timing import interleaved, matmul_rate, settle, summary
 from torch import nn
 
 import glocal
@@ -52,28 +52,22 @@ def calls(net: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> dict[st
         net.eval()
         with torch.no_grad():
             net(images)
-        settle(images)
+        settle()
 
     def step() -> None:
         net.train()
         torch.autograd.grad(nn.functional.cross_entropy(net(images).float(), labels), wanted)
-        settle(images)
+        settle()
 
     return {"forward": forward, "step": step}
-
-
-def settle(images: torch.Tensor) -> None:
-    """A GPU finishes what it was told to do."""
-    if images.is_cuda:
-        torch.cuda.synchronize()
 
 
 def measure(name: str, given: argparse.Namespace) -> list[dict[str, object]]:
     """A row for each pass."""
     torch.manual_seed(0)
-    kind = {"device": given.device, "dtype": getattr(torch, given.dtype)}
-    images = torch.randn(given.batch, 3, given.size, given.size).to(**kind)
-    labels = torch.randint(0, 1000, (given.batch,), device=given.device)
+    dtype = getattr(torch, given.dtype)
+    images = torch.randn(given.batch, 3, given.size, given.size).to(dtype)
+    labels = torch.randint(0, 1000, (given.batch,))
     last = images.contiguous(memory_format=torch.channels_last)
     ours = glocal.create_model(name)
     products = given.batch * macs(ours, torch.zeros(1, 3, given.size, given.size))
@@ -86,16 +80,16 @@ def measure(name: str, given: argparse.Namespace) -> list[dict[str, object]]:
     else:
         nets["timm's Swin-T"] = (timm.create_model(PARTNERS["swin_tiny"]), images)
     for net, _ in nets.values():
-        net.to(**kind)
+        net.to(dtype)
     if given.compiled:
         nets |= {f"{who}, compiled": (torch.compile(net), x) for who, (net, x) in list(nets.items())}
     runs = {who: calls(net, x, labels) for who, (net, x) in nets.items()}
-    rate = matmul_rate()
+    rate = matmul_rate(dtype)
     rows = []
     for which in ("forward", "step"):
         times = interleaved({who: run[which] for who, run in runs.items()}, rounds=given.rounds, seconds=given.seconds)
         found = {who: summary(each) for who, each in times.items()}
-        rate = max(rate, matmul_rate())
+        rate = max(rate, matmul_rate(dtype))
         floor = products * (1 if which == "forward" else 3) / rate
         rival = min((who for who in found if who != "glocal"), key=lambda who: found[who].median)
         faster = statistics.median(t / o for t, o in zip(times[rival], times["glocal"], strict=False))
@@ -122,12 +116,15 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=60, help="that the turns of one network may take together")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--compiled", action="store_true", help="each network also under torch.compile")
     parser.add_argument("--out", type=Path, help="JSON lines are added to this file")
     given = parser.parse_args()
-    about = surroundings()
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no GPU here, or this PyTorch was built without CUDA")
+    torch.set_default_device(given.device)
+    about = surroundings(given.device)
     for name in given.names:
         for row in measure(name, given):
             if given.out:

@@ -206,6 +206,7 @@ def neighborhood_natten(grid: Sequence[int], kernel: int) -> Call:
 
 def neighborhood_flex(grid: Sequence[int], kernel: int) -> Call:
     """FlexAttention, compiled, with a block mask and the bias as a function of the score; no backward on a CPU."""
+    device = torch.get_default_device()
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     width = grid[1]
@@ -215,7 +216,7 @@ def neighborhood_flex(grid: Sequence[int], kernel: int) -> Call:
         return (down.abs() <= kernel // 2) & (right.abs() <= kernel // 2)
 
     tokens = math.prod(grid)
-    mask = create_block_mask(near, None, None, tokens, tokens, device="cpu")
+    mask = create_block_mask(near, None, None, tokens, tokens, device=device)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor) -> Tensor:
         def biased(score: Tensor, b: Tensor, h: Tensor, query: Tensor, source: Tensor) -> Tensor:
@@ -226,7 +227,7 @@ def neighborhood_flex(grid: Sequence[int], kernel: int) -> Call:
         heads = (t.transpose(1, 2) for t in (q, k, v))
         return flex_attention(*heads, score_mod=biased, block_mask=mask, scale=1.0).transpose(1, 2)
 
-    return Call(torch.compile(attend, dynamic=False), forward_only=True)
+    return Call(torch.compile(attend, dynamic=False), forward_only=device.type == "cpu")
 
 
 # Global attention with a bias for each offset: table [G, 2H - 1, 2W - 1], entry query - source + n - 1

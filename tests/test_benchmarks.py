@@ -120,7 +120,7 @@ def test_backward_gives_every_gradient_and_forward_none(bench):
 def test_peak_and_floor(bench):
     timing = bench("timing")
     assert 4 * 2**20 <= timing.peak(lambda: torch.zeros(2**20) + 1) <= 9 * 2**20
-    assert 1e8 < timing.copy_bandwidth(8, 2) < 1e13 and 1e7 < timing.matmul_rate(128, 2) < 1e15
+    assert 1e8 < timing.copy_bandwidth(2) < 1e13 and 1e7 < timing.matmul_rate(times=2) < 1e15
     floor = timing.Floor(bandwidth=100.0, rate=10.0)
     assert floor.seconds("forward", 600, 400, 10) == 10  # moving
     assert floor.seconds("forward", 600, 400, 1000) == 100  # multiplying
@@ -144,7 +144,7 @@ def run(bench, monkeypatch):
         return json.loads(json.dumps(found))
 
     monkeypatch.setattr(module, "child", child)
-    monkeypatch.setattr(module, "measured_floor", lambda: bench("timing").Floor(1e10, 1e10))
+    monkeypatch.setattr(module, "measured_floor", lambda dtype: bench("timing").Floor(1e10, 1e10))
     return main
 
 
@@ -179,7 +179,9 @@ def test_a_rival_that_fails_is_said_in_a_sentence(bench, run, monkeypatch, capsy
 def row_of(ours, *others):
     calls = {"glocal": {"time_ms": ours, "ratio": 1.0, "peak_bytes": 700}}
     calls |= {f"peer {i}": {"time_ms": t, "ratio": t / ours} for i, t in enumerate(others)}
-    return {"calls": calls, "output_bytes": 200, "gradient_bytes": 400, "refused": {}}
+    calls["another thing"] = {"time_ms": ours / 100, "ratio": 0.01}
+    row = {"calls": calls, "output_bytes": 200, "gradient_bytes": 400, "refused": {}, "floor_ms": 0.8}
+    return row | {"yardsticks": ["another thing"]}
 
 
 @pytest.mark.parametrize(
@@ -192,11 +194,42 @@ def row_of(ours, *others):
         ("memory", 1.5, (), True),
         ("memory", 1.4, (), False),
         ("faster", 1, (), False),  # nothing to compare with
+        ("floor", 2.6, (), True),
+        ("floor", 2.4, (), False),
     ],
 )
 def test_what_is_required(bench, kind, limit, others, holds):
     bar = bench("cases").Bar("a", "forward", ("peer 0", "peer 1"), limit, kind)
     assert bench("run").judged(bar, row_of(2.0, *others))[0] is holds
+
+
+def test_without_names_every_peer_that_computes_the_same_counts(bench):
+    bar = bench("cases").Bar("a", "forward", (), 1.0)
+    assert bench("run").judged(bar, row_of(2.0, 7.0, 2.1))[0]
+    assert not bench("run").judged(bar, row_of(2.0, 7.0, 1.9))[0]
+
+
+def test_a_gpu_has_cases_of_its_own(bench):
+    run, required = bench("run"), {bar.case for bar in bench("cases").BARS}
+    for patterns in ([], ["bars"]):
+        there, here = run.chosen(patterns, "cuda"), run.chosen(patterns)
+        assert there and all(name.startswith("gpu/") for name in there)
+        assert here and not any(name.startswith("gpu/") for name in here)
+    assert {name for name in required if name.startswith("gpu/")} == set(run.chosen(["bars"], "cuda"))
+
+
+def test_networks_beside_timms(bench, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("timm")
+    out = tmp_path / "models.jsonl"
+    small = ["--batch", "2", "--size", "32", "--rounds", "3", "--seconds", "1"]
+    monkeypatch.setattr(sys, "argv", ["models.py", "resnet50", *small, "--out", str(out)])
+    bench("models").main()
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["model"], row["pass"]) for row in rows] == [("resnet50", "forward"), ("resnet50", "step")]
+    for row in rows:
+        assert set(row["ms"]) == {"glocal", "timm", "timm, channels last"} and row["rival"] != "glocal"
+        assert row["ratio"] > 0 and row["percent_of_floor"] > 0
+    assert "x faster than timm" in capsys.readouterr().out
 
 
 def test_every_bar_names_a_case_and_its_peers(bench):

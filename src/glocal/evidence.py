@@ -34,9 +34,10 @@ def random_mixer(spec: str) -> TokenMixer:
 
 
 def tokens(*shape: int) -> Tensor:
-    """The same random tokens [*shape, DIM] for the same shape, float64."""
+    """The same random tokens [*shape, DIM] for the same shape, float64, on the default device."""
     generator = torch.Generator().manual_seed(len(shape) + sum(shape))
-    return torch.randn(*shape, DIM, generator=generator, dtype=torch.float64)
+    drawn = torch.randn(*shape, DIM, generator=generator, dtype=torch.float64, device="cpu")
+    return drawn.to(torch.get_default_device())
 
 
 def with_grads(mixer: Operator, path: Callable[..., Tensor], x: Tensor) -> dict[str, Tensor]:
@@ -44,7 +45,7 @@ def with_grads(mixer: Operator, path: Callable[..., Tensor], x: Tensor) -> dict[
     x = x.clone().requires_grad_()
     out = path(x, **mixer.besides(x))
     # the same numbers in every dtype
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(out)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), device="cpu").bfloat16().to(out)
     named = dict(mixer.named_parameters())
     grads = torch.autograd.grad(out, [x, *named.values()], upstream, allow_unused=True)
     zeros = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, [x, *named.values()], strict=True)]
