@@ -11,7 +11,8 @@ medians of the processes' medians, with the quartiles of the one in the middle; 
 their median is printed. `--of minimum` takes the shortest instead of the median time of each process, for a machine
 that does other work too. Percent of the floor: the floor's time over the operator's; the floor is every tensor moved
 once at the speed of a copy beyond the caches, or every multiply-add at that of a matrix product (on a CPU one in
-float32), whichever takes longer. On a GPU cases have their own names, gpu/*, with batches that no cache holds. What fits into the caches may well be above 100 %.
+float32), whichever takes longer. On a GPU cases have their own names, gpu/*, with batches that no cache holds. What
+fits into the caches may well be above 100 %.
 """
 
 import argparse
