@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-_TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+_TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 _PATIENCE = 5  # seconds to wait for another process, which may be on its way out
 _STEPS = "step-*"  # the folders of a training state
 

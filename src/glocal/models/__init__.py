@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import nn
 
 from glocal.arguments import flag
-from glocal.models import all_attention, dwnet, resnet, swin, vit
+from glocal.models import all_attention, dwnet, resnet, swin, vit, volo
 from glocal.models.classifier import Classifier, FeatureMaps
 from glocal.spec import name_and_literals, nearest
 
@@ -24,6 +24,7 @@ _MODELS: dict[str, Callable[..., Classifier]] = {
     **resnet.MODELS,
     **swin.MODELS,
     **vit.MODELS,
+    **volo.MODELS,
 }
 
 

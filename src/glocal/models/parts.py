@@ -32,12 +32,25 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        p = self.patch_size
-        h, w = ((n + p - 1) // p for n in x.shape[2:])  # said in sizes that torch.export can follow
-        x = nn.functional.pad(x, (0, w * p - x.shape[3], 0, h * p - x.shape[2]))
         # in channels_last memory the output is laid out as tokens
-        x = self.proj(x.contiguous(memory_format=torch.channels_last))
+        x = self.proj(completed(x, self.patch_size).contiguous(memory_format=torch.channels_last))
         return self.norm(x.movedim(1, -1))
+
+
+def completed(x: Tensor, p: int) -> Tensor:
+    """Images [B, C, H, W] with zeros at the lower and right border, up to sizes that p divides."""
+    h, w = ((n + p - 1) // p for n in x.shape[2:])  # said in sizes that torch.export can follow
+    return nn.functional.pad(x, (0, w * p - x.shape[3], 0, h * p - x.shape[2]))
+
+
+class PatchDownsample(PatchEmbed):
+    """`PatchEmbed` of tokens, for p = 2: [B, H, W, dim] -> [B, ceil(H/2), ceil(W/2), out_dim]."""
+
+    def __init__(self, dim: int, out_dim: int, *, norm: bool = True) -> None:
+        super().__init__(dim, out_dim, 2, norm=norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(-1, 1))
 
 
 class PatchMerging(nn.Module):
@@ -99,6 +112,7 @@ class Pyramid(Classifier):
         dims: channels of every stage.
         depths: blocks of every stage.
         drop_path_rate: of the last block; it grows linearly from 0 in the first.
+        merging: what makes tokens of the next stage, from the channels of both.
     """
 
     classifiers = ("head.fc",)
@@ -113,6 +127,7 @@ class Pyramid(Classifier):
         dims: Sequence[int],
         depths: Sequence[int],
         drop_path_rate: float,
+        merging: Callable[[int, int], nn.Module] = PatchMerging,
     ) -> None:
         super().__init__(in_chans=in_chans, num_classes=num_classes, num_features=dims[-1])
         self.patch_embed = PatchEmbed(in_chans, dims[0], positive("patch_size", patch_size))
@@ -120,7 +135,7 @@ class Pyramid(Classifier):
         stages = []
         for i, dim in enumerate(dims):
             blocks = [block(i, j, next(rates)) for j in range(depths[i])]
-            stages.append(Stage(PatchMerging(dims[i - 1], dim) if i else nn.Identity(), blocks))
+            stages.append(Stage(merging(dims[i - 1], dim) if i else nn.Identity(), blocks))
             self.feature_info.append({"num_chs": dim, "reduction": patch_size * 2**i, "module": f"layers.{i}"})
         self.layers = nn.ModuleList(stages)
         self.norm = nn.LayerNorm(dims[-1])
