@@ -14,12 +14,13 @@ from typing import Any, Literal
 from torch import nn
 
 from glocal.arguments import flag
-from glocal.models import all_attention, dwnet, resnet, swin, vit, volo
+from glocal.models import all_attention, coatnet, dwnet, resnet, swin, vit, volo
 from glocal.models.classifier import Classifier, FeatureMaps
 from glocal.spec import name_and_literals, nearest
 
 _MODELS: dict[str, Callable[..., Classifier]] = {
     **all_attention.MODELS,
+    **coatnet.MODELS,
     **dwnet.MODELS,
     **resnet.MODELS,
     **swin.MODELS,
