@@ -123,7 +123,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         ) from error
     except Exception as error:  # PyTorch's reader raises errors of every kind on damaged files
         raise _unreadable(path, error) from error
-    for key in ("state_dict", "model", "model_state_dict"):
+    for key in ("state_dict", "model", "model_state_dict", "net"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):

@@ -162,13 +162,15 @@ class PartsCall(Call):
         return math.prod(self.query_grid)
 
     def shares(self) -> dict[str, Tensor]:
-        """ "unary share": mean of 1 / (1 + w) over each head's channels, w the gate of the binary term.
+        """ "unary share": mean of 1 / (1 + w) over each head's channels, w the gate of the binary term, if it has one.
 
         Source: Yang et al., arXiv 2107.05637, where terms count by 1 / (1 + w) and w / (1 + w).
         """
         self._check_unchanged()
         with self._as_it_was(), torch.no_grad():
-            gate = self.mixer.terms(**self._call)["gate"]  # type: ignore[operator]
+            gate = self.mixer.terms(**self._call).get("gate")  # type: ignore[operator]
+        if gate is None:
+            return {}
         share = (1 / (1 + gate)).double().flatten(0, -2).mean(0)
         return {"unary share": share.unflatten(0, (self.mixer.num_groups, -1)).mean(-1)}
 

@@ -58,15 +58,8 @@ def vectors_for_positions(mixer, height, width):
 
 
 def written_out(mixer, images, seen=None):
-    """U, B, w and the softmax [G, N, N] of each image [H, W, C]."""
+    """U, B, w (None without U) and the softmax [G, N, N] of each image [H, W, C]."""
     groups, key_dim = mixer.num_groups, DIM // mixer.num_groups // 2
-    unary = []
-    for image in images:
-        local = nn.functional.conv2d(image.movedim(-1, 0), mixer.x_transform[0].weight, padding=1, groups=groups)
-        local = local.movedim(0, -1)
-        unary.append(local @ mixer.x_transform[1].weight.T if groups > 1 else local)
-    unary = normalised(unary, mixer.bn_x, seen)
-
     qkv = normalised([image.flatten(0, 1) @ mixer.qkv_transform.weight.T for image in images], mixer.bn_qkv, seen)
     similarity, added = [], []
     for image, rows in zip(images, qkv, strict=True):
@@ -93,6 +86,21 @@ def written_out(mixer, images, seen=None):
         stacked.append(torch.stack(sums, -1).flatten(1))  # the two of a channel side by side
     stacked = normalised(stacked, mixer.bn_output, seen)
     binary = [s.view(*image.shape, -1).sum(-1) for s, image in zip(stacked, images, strict=True)]
+    if mixer.unary is None:
+        return None, binary, None, softmax
+
+    unary = []
+    for image in images:
+        planes, local = image.movedim(-1, 0)[None], mixer.x_transform[0]
+        if mixer.unary == "deformable":
+            ops = pytest.importorskip("torchvision").ops
+            moves = nn.functional.conv2d(planes, local.conv_offset.weight, local.conv_offset.bias, padding=1)
+            planes = ops.deform_conv2d(planes, moves, local.weight, padding=1)  # groups follow from the weight
+        else:
+            planes = nn.functional.conv2d(planes, local.weight, padding=1, groups=groups)
+        planes = planes[0].movedim(0, -1)
+        unary.append(planes @ mixer.x_transform[1].weight.T if groups > 1 else planes)
+    unary = normalised(unary, mixer.bn_x, seen)
 
     gate = [torch.cat(both, -1).relu() @ mixer.reasoning[1].weight.T for both in zip(unary, binary, strict=True)]
     gate = [g.relu() @ mixer.projection[0].weight.T for g in normalised(gate, mixer.reasoning[2], seen)]
@@ -102,7 +110,7 @@ def written_out(mixer, images, seen=None):
 
 def outputs(mixer, images, seen=None):
     unary, binary, gate, _ = written_out(mixer, images, seen)
-    found = [u + w * b for u, b, w in zip(unary, binary, gate, strict=True)]
+    found = binary if unary is None else [u + w * b for u, b, w in zip(unary, binary, gate, strict=True)]
     s = mixer.stride
     return [
         torch.stack(
@@ -126,6 +134,9 @@ CASES = [  # arguments, grid
     ({"grid_size": (3, 4), "position": "detection"}, (3, 4)),
     ({"grid_size": (4, 2), "position": "detection", "num_groups": 4}, (2, 5)),
     ({"grid_size": 2, "position": "detection", "num_groups": 1, "stride": 2}, (3, 4)),
+    ({"grid_size": (3, 4), "unary": None}, (3, 4)),
+    ({"grid_size": 3, "position": "detection", "unary": None, "stride": 2}, (2, 5)),
+    ({"grid_size": (3, 4), "unary": "deformable", "position": "detection"}, (3, 4)),
 ]
 CLASSIFICATION, DETECTION = {"grid_size": (3, 4)}, {"grid_size": (3, 4), "position": "detection"}
 
@@ -206,7 +217,7 @@ def moved(mixer, seen):
     return expected
 
 
-@pytest.mark.parametrize("arguments", [CLASSIFICATION, DETECTION, CASES[2][0], CASES[5][0]])
+@pytest.mark.parametrize("arguments", [CLASSIFICATION, DETECTION, CASES[2][0], *(CASES[i][0] for i in (5, 6, 8))])
 @pytest.mark.parametrize("training", [False, True])
 def test_images_of_several_sizes(build, tokens, arguments, training):
     """Padded in one batch: as if each stood alone, but for the statistics of training, which are those of all."""
@@ -251,7 +262,7 @@ def test_holes_are_refused(build, tokens, arguments):
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize(("arguments", "grid"), [CASES[0], CASES[1], CASES[3], CASES[4]])
+@pytest.mark.parametrize(("arguments", "grid"), [CASES[0], CASES[1], CASES[3], CASES[4], CASES[8]])
 def test_terms_and_weights_are_those_of_the_layer(build, tokens, arguments, grid, training):
     mixer = build(spec_of(**arguments), DIM).train(training)
     x, before, draws = tokens(2, *grid, DIM), mixer.state_dict(), torch.get_rng_state()
@@ -270,6 +281,19 @@ def test_terms_and_weights_are_those_of_the_layer(build, tokens, arguments, grid
     assert torch.equal(torch.get_rng_state(), draws)
     for name, value in mixer.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+def test_attention_alone_has_one_term(build, tokens):
+    mixer, x = build(spec_of(**CLASSIFICATION, unary=None), DIM), tokens(2, 3, 4, DIM)
+    _, expected, _, softmax = written_out(mixer, list(x))
+    terms = mixer.terms(x)
+    assert list(terms) == ["binary"] and not hasattr(mixer, "x_transform")
+    assert_close(terms["binary"], torch.stack(expected))
+    assert_close(mixer.weights(x).weights, torch.stack(softmax))
+    with torch.no_grad(), glocal.inspect(mixer) as seen:
+        mixer(x)
+    (call,) = seen
+    assert call.shares() == {} and call.rebuild_error() < 1e-9
 
 
 def test_terms_of_a_padded_batch_are_those_of_each_image(build, tokens):
@@ -311,6 +335,15 @@ def test_running_statistics_are_those_of_the_maps(build, tokens, small_chunks):
         assert_close(buffer, expected[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
+def test_a_deformable_convolution_starts_as_a_plain_one():
+    mixers = [glocal.build(spec_of(grid_size=4, unary=kind), 16).eval() for kind in ("deformable", "convolution")]
+    state = mixers[0].state_dict()
+    assert not any(state.pop(f"x_transform.0.conv_offset.{part}").any() for part in ("weight", "bias"))
+    mixers[1].load_state_dict(state)
+    x = torch.randn(1, 4, 5, 16)
+    assert_close(mixers[0](x), mixers[1](x))
+
+
 @pytest.mark.parametrize(
     ("dim", "position", "grid_size", "expected"),
     [
@@ -331,9 +364,12 @@ def test_parameters_of_the_released_models(dim, position, grid_size, expected):
 def test_cost_is_that_of_the_docstring():
     n, c, g = 35, DIM, 2
     layers = n * c * c * (6 + 9 / g)
-    classification, detection = (glocal.build(spec_of((5, 7), position=p), c) for p in ("classification", "detection"))
-    assert classification.macs((5, 7)) == layers + 1.5 * n * n * c + 2 * n * (2 * n - 1) * c
+    classification, detection, alone = (
+        glocal.build(spec_of((5, 7), **more), c) for more in ({}, {"position": "detection"}, {"unary": None})
+    )
+    assert classification.macs((5, 7)) == layers + 3.5 * n * n * c
     assert detection.macs((5, 7)) == layers + 1.5 * n * n * c + n * (5 + 7 - 1) * c
+    assert alone.macs((5, 7)) == 2 * n * c * c + 3.5 * n * n * c
 
 
 @pytest.mark.parametrize(
@@ -342,6 +378,7 @@ def test_cost_is_that_of_the_docstring():
         ({"num_groups": 3}, "num_groups: 3 does not divide half of 16"),
         ({"num_groups": 16}, "num_groups: 16 does not divide half of 16"),
         ({"position": "both"}, "position: 'both', must be"),
+        ({"unary": "3x3"}, "unary: '3x3', must be 'convolution' or 'deformable'"),
         ({"stride": 0}, "stride: 0"),
         ({"grid_size": (3, 4, 5)}, "grid_size"),
     ],
@@ -459,8 +496,23 @@ FAULTS = {
         ("a stride averages padding", "mean / torch.where(share > 0, share, 1)", "mean"),
         (
             "the convolution reads what stands in the padding",
-            "x = x if valid is None else x.masked_fill(~valid[..., None], 0)\n        unary",
-            "unary",
+            "x = x if valid is None else x.masked_fill(~valid[..., None], 0)\n        attention",
+            "attention",
+        ),
+        (
+            "a deformable convolution of the second version",
+            "groups=num_groups, modulated=False, bias=False",
+            "groups=num_groups, bias=False",
+        ),
+        (
+            "attention alone is a gated sum",
+            'out = terms["binary"] if self.unary is None',
+            'out = terms["binary"].sigmoid() * terms["binary"] if self.unary is None',
+        ),
+        (
+            "on shapes alone whole tables are counted",
+            "if self.q.is_meta and self.seen is None:",
+            "if False:",
         ),
         (
             "looked-at weights have no positions of keys",

@@ -30,10 +30,11 @@ FAULTS = {
             "F.relu(_normed(self.bn2, self.conv2(branch)))",
             "_normed(self.bn2, self.conv2(branch))",
         ),
-        ("the first stage is coarser than the stem", "2 if i and not j else 1", "2 if not j else 1"),
-        ("every block is coarser", "2 if i and not j else 1", "2 if i else 1"),
+        ("the first stage is coarser than the stem", "(1, *(2,) * (len(dims) - 1))", "(2,) * len(dims)"),
+        ("every block is coarser", "stride = 1 if j else strides[i]", "stride = strides[i]"),
+        ("strides given are dropped", 'else per_stage("strides", strides, len(dims))', "else (1, 2, 2, 2)"),
         ("wide networks are not", "round(width * width_ratio)", "width"),
-        ("strides count from 2", "halving**2 * 2**i", "2 * 2**i"),
+        ("strides count from 2", "halving**2 * math.prod(", "2 * math.prod("),
         ("the small stem strides", '"3x3": (3, 1)', '"3x3": (3, 2)'),
         ("the small stem pools", "if self.conv1.stride[0] > 1:", "if True:"),
         ("the stem does not pool", "F.max_pool2d(x, 3, stride=2, padding=1)", "F.max_pool2d(x, 1, stride=2)"),
@@ -45,7 +46,7 @@ FAULTS = {
             "pass",
         ),
         ("first values count what comes in", 'mode="fan_out"', 'mode="fan_in"'),
-        ("all blocks have the same rate", "drop_path=next(rates)", "drop_path=drop_path_rate"),
+        ("all bottlenecks have the same rate", "drop_path=next(rates), middle", "drop_path=drop_path_rate, middle"),
         ("the 101 is the 152", "(3, 4, 23, 3)", "(3, 8, 36, 3)"),
     ),
     "models/keys/resnet.py": (
@@ -125,6 +126,17 @@ def test_is_timms_network(block, size):
     assert_close(ours(image), theirs(image), rtol=1e-4, atol=1e-4)
 
 
+def test_is_timms_network_with_strides_of_its_own():
+    """Where the last stage keeps the grid; timm dilates its convolutions then, so they are set back."""
+    ours, theirs = at_random(small(strides=(1, 2, 2, 1))), timms("bottleneck", output_stride=16).eval()
+    for part in theirs.layer4.modules():
+        if isinstance(part, torch.nn.Conv2d) and part.kernel_size == (3, 3):
+            part.dilation = part.padding = (1, 1)
+    theirs.load_state_dict(ours.state_dict())
+    same(ours, theirs, torch.randn(2, 3, 50, 33, dtype=torch.float64))
+    assert ours.feature_info.reduction() == [4, 8, 16, 16]
+
+
 def test_is_timms_wide_network():
     ours, theirs = at_random(small(width_ratio=2)), timms("bottleneck", base_width=128).eval()
     theirs.load_state_dict(ours.state_dict())
@@ -171,6 +183,8 @@ def test_is_transformers_network(tmp_path, block):
         ("resnet50", 25_557_032, 4.089),
         ("resnet101", 44_549_160, 7.801),
         ("wide_resnet50", 68_883_240, 11.398),
+        ("resnet50_stride16", 25_557_032, 6.209),
+        ("wide_resnet50_stride16", 68_883_240, 17.41),
     ],
 )
 def test_parameters_and_multiply_adds(name, parameters, giga):
@@ -181,7 +195,7 @@ def test_parameters_and_multiply_adds(name, parameters, giga):
     assert sum(p.numel() for p in model.parameters()) == parameters
     theirs = pytest.importorskip("timm").create_model
     with torch.device("meta"):
-        other = theirs(name.replace("wide_resnet50", "wide_resnet50_2"))
+        other = theirs(name.removesuffix("_stride16").replace("wide_resnet50", "wide_resnet50_2"))
     assert [(k, v.shape) for k, v in other.state_dict().items()] == [
         (k, v.shape) for k, v in model.state_dict().items()
     ]
@@ -301,6 +315,8 @@ def test_compiles_as_one_graph():
         ({"dims": (4, 8)}, "^resnet50: dims: "),
         ({"depths": (1, 0, 1, 1)}, "^resnet50: depths: 0"),
         ({"width_ratio": 0}, "^resnet50: width_ratio: 0"),
+        ({"strides": (1, 2)}, "^resnet50: strides: "),
+        ({"middle": None}, "^resnet50: has no argument 'middle'"),
         ({"img_size": (32, 32, 32)}, "^resnet50: img_size: "),
         ({"drop_path_rate": 1}, "^resnet50: drop_path_rate: 1"),
         ({"depth": (1,)}, "^resnet50: has no argument 'depth'; did you mean 'depths'"),

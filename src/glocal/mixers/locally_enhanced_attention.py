@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from glocal.aggregation import Aggregation, grid_positions
-from glocal.arguments import extents, given, per_axis, positive
+from glocal.arguments import extents, given, one_of, per_axis, positive
 from glocal.mixers import _position_maps as maps
 from glocal.mixers._attention import masked_softmax
 from glocal.mixers._grid import pick
 from glocal.mixers._library import back, images, out_lengths
 from glocal.mixers._norm import BatchNorm, normalise
+from glocal.mixers.deformable_conv import DeformableConv
 from glocal.operator import TokenModule
 
 
@@ -34,6 +35,8 @@ class LocallyEnhancedAttention(TokenModule):
         position: "classification": vectors for the difference of two places in the raster, one table for all groups.
             The offset (0, 1) is then that from a row's end to the next row's start. "detection": queries only, a
             vector for the rows' difference plus one for the columns'.
+        unary: the 3x3 convolution of U: "convolution", or "deformable", the first version of `DeformableConv`, as in
+            the released detection models. None: y = B, the self-attention that the paper compares with.
         stride: the output is averaged over stride x stride tokens; the attention runs before that.
 
     Shape:
@@ -43,10 +46,11 @@ class LocallyEnhancedAttention(TokenModule):
         [2*S - 1, C/2G], entry source - query + S - 1. At another size tables are resized linearly; with `valid` at
         each image's own. `qkv_transform` has q, k, v of the first group first.
 
-    Cost: N*C^2*(6 + 9/G) multiply-adds, and 1.5*N^2*C + 2*N*(2*N - 1)*C for the attention (detection: 1.5*N^2*C
-    + N*(H + W - 1)*C). Above ENTRIES scores (_position_maps.py) they are formed in chunks of queries, again in the
-    backward pass, so that tensor memory grows with N; a compiled or exported program forms all N^2. In training,
-    statistics of the maps are found without forming them, in float64, from N*(C/2G)^2 numbers (classification).
+    Cost: N*C^2*(6 + 9/G) multiply-adds (2*N*C^2 without U), and 3.5*N^2*C for the attention (detection: 1.5*N^2*C
+    + N*(H + W - 1)*C); the terms with positions are computed as products with whole tables, 4*N^2*C for 2*N^2*C.
+    Above ENTRIES scores (_position_maps.py) they are formed in chunks of queries, again in the backward pass, so that
+    tensor memory grows with N; a compiled or exported program forms all N^2. In training, statistics of the maps are
+    found without forming them, in float64, from N*(C/2G)^2 numbers (classification).
 
     Raises:
         ValueError: groups that do not divide half the channels; `valid` that is no rectangle anchored at the origin;
@@ -54,8 +58,8 @@ class LocallyEnhancedAttention(TokenModule):
 
     Source: Yang et al., Locally Enhanced Self-Attention: Combining Self-Attention and Convolution as Local and Context
     Terms, arXiv 2107.05637; all details from the released code (LESA_classification, lib/models/LESA.py).
-    Differs from the paper: the binary term includes the token itself, as the released code does; the released
-    detection models have a deformable 3x3 convolution, and code for one square size only.
+    Differs from the paper: the binary term includes the token itself, as the released code does, which has one square
+    size only.
     """
 
     examples = (
@@ -63,6 +67,7 @@ class LocallyEnhancedAttention(TokenModule):
         "LocallyEnhancedAttention(grid_size=(4, 6), num_groups=4, stride=2)",
         "LocallyEnhancedAttention(grid_size=(8, 7), num_groups=4, position='detection')",
         "LocallyEnhancedAttention(grid_size=4, num_groups=1, position='detection', stride=3)",
+        "LocallyEnhancedAttention(grid_size=8, unary=None)",
     )
 
     def __init__(
@@ -72,15 +77,16 @@ class LocallyEnhancedAttention(TokenModule):
         grid_size: int | Sequence[int],
         num_groups: int = 8,
         position: Literal["classification", "detection"] = "classification",
+        unary: Literal["convolution", "deformable"] | None = "convolution",
         stride: int = 1,
     ) -> None:
         super().__init__(dim, rank=2)
         self.grid_size, self.num_groups = grid_size, positive("num_groups", num_groups)
-        self.stride, self.position = positive("stride", stride), position
+        self.stride = positive("stride", stride)
+        self.position = one_of("position", position, ("classification", "detection"))
+        self.unary = unary if unary is None else one_of("unary", unary, ("convolution", "deformable"))
         if dim % (2 * num_groups):
             raise ValueError(f"num_groups: {num_groups} does not divide half of {dim} channels; give one that does")
-        if position not in ("classification", "detection"):
-            raise ValueError(f"position: {position!r}, must be 'classification' or 'detection'")
         value_dim = dim // num_groups
         key_dim = value_dim // 2
         self._parts = (key_dim, key_dim, value_dim)
@@ -97,27 +103,35 @@ class LocallyEnhancedAttention(TokenModule):
         self.bn_similarity = BatchNorm(maps_of_group * num_groups)
         self.bn_output = BatchNorm(values_of_channel * dim)
 
+        nn.init.normal_(self.qkv_transform.weight, std=dim**-0.5)
+        if unary is None:
+            return
+
         # the numbers in parameters' names are those of the released code
-        self.x_transform = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1, groups=num_groups, bias=False))
+        self.x_transform = nn.Sequential(
+            nn.Conv2d(dim, dim, 3, padding=1, groups=num_groups, bias=False)
+            if unary == "convolution"
+            else DeformableConv(dim, groups=num_groups, modulated=False, bias=False)  # type: ignore[abstract]
+        )
         if num_groups > 1:
             self.x_transform.append(nn.Linear(dim, dim, bias=False))
         self.bn_x = BatchNorm(dim)
         self.reasoning = nn.Sequential(nn.ReLU(), nn.Linear(2 * dim, dim, bias=False), BatchNorm(dim), nn.ReLU())
         self.projection = nn.Sequential(nn.Linear(dim, dim, bias=False), BatchNorm(dim))
-        nn.init.normal_(self.qkv_transform.weight, std=dim**-0.5)
         for part in (*self.x_transform, self.reasoning[1], self.projection[0]):
             nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
 
     def mix(self, x: Tensor, *, valid: Tensor | None = None, update_statistics: bool = False) -> Tensor:
         terms = self._terms(x, valid, update_statistics)
-        out = terms["unary"] + terms["gate"] * terms["binary"]
+        out = terms["binary"] if self.unary is None else terms["unary"] + terms["gate"] * terms["binary"]
         return out if self.stride == 1 else self._averaged(out, valid)
 
     def terms(self, x: Tensor, *, valid: Tensor | None = None) -> dict[str, Tensor]:
         """The parts of y = U + w * B, before any stride, without changing any state.
 
         Returns:
-            "unary" U, "binary" B, both through their batch norms, and "gate" w: [B, H, W, C] each.
+            "unary" U, "binary" B, both through their batch norms, and "gate" w: [B, H, W, C] each; B alone if
+            there is no U.
         """
         x, call = self._bind(x, given(valid=valid))
         return self._terms(x, call.get("valid"), False)
@@ -145,13 +159,16 @@ class LocallyEnhancedAttention(TokenModule):
 
     def _terms(self, x: Tensor, valid: Tensor | None, update: bool) -> dict[str, Tensor]:
         x = x if valid is None else x.masked_fill(~valid[..., None], 0)
-        unary = back(self.x_transform[0](images(x)), 2)
-        for pointwise in self.x_transform[1:]:
-            unary = pointwise(unary)
-        unary = normalise(self.bn_x, unary, valid, update=update)
         attention, scale = self._attention(x, valid, update)
         values = normalise(self.bn_output, attention.binary(scale).unflatten(1, x.shape[1:-1]), valid, update=update)
         binary = values.unflatten(-1, (self.dim, -1)).sum(-1)
+        if self.unary is None:
+            return {"binary": binary}
+        local = self.x_transform[0]
+        unary = local(x) if self.unary == "deformable" else back(local(images(x)), 2)
+        for pointwise in self.x_transform[1:]:
+            unary = pointwise(unary)
+        unary = normalise(self.bn_x, unary, valid, update=update)
         gate = self.reasoning[1](torch.cat([unary, binary], -1).relu())
         gate = normalise(self.reasoning[2], gate, valid, update=update).relu()
         gate = normalise(self.projection[1], self.projection[0](gate), valid, update=update).sigmoid()
@@ -240,6 +257,12 @@ class _Raster:
     def binary(self, scale: Tensor) -> Tensor:
         """Both sums of values, before their batch norm: [B, N, 2 * C], side by side for each channel."""
         count, (content, query, key) = self.k.shape[2], scale
+        if self.q.is_meta and self.seen is None:  # on shapes alone multiply-adds are counted: those of the definition
+            queries = torch.arange(count, device=self.q.device)
+            weights = self.weights(queries, scale)
+            vectors = self.value_table[0, queries[:, None] - queries + count - 1]
+            sums = weights @ self.v, torch.einsum("bgqn,qnc->bgqc", weights, vectors)
+            return torch.stack(sums, -1).transpose(1, 2).flatten(2)
         # rows in reverse order, see `banded`
         q, at_q = (self.q * content).flip(2), (self.q * query).flip(2)
         tables = self.query_table.flip(1), self.key_table, self.value_table.flip(1)

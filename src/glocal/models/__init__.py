@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import nn
 
 from glocal.arguments import flag
-from glocal.models import all_attention, coatnet, dwnet, focal, resnet, swin, vit, volo
+from glocal.models import all_attention, coatnet, dwnet, focal, lesa, resnet, swin, vit, volo
 from glocal.models.classifier import Classifier, FeatureMaps
 from glocal.spec import name_and_literals, nearest
 
@@ -23,6 +23,7 @@ _MODELS: dict[str, Callable[..., Classifier]] = {
     **coatnet.MODELS,
     **dwnet.MODELS,
     **focal.MODELS,
+    **lesa.MODELS,
     **resnet.MODELS,
     **swin.MODELS,
     **vit.MODELS,

@@ -27,6 +27,8 @@ def load(model: nn.Module, where: str | Path) -> None:
     """
     file = weights_file(where)
     found = load_weights(file)
+    if all(name.startswith("module.") for name in found):  # saved from within DataParallel
+        found = {name.removeprefix("module."): tensor for name, tensor in found.items()}
     keys = import_module(f"glocal.models.keys.{type(model).__module__.rpartition('.')[2]}")
     source = next((source for source in keys.SOURCES.values() if source.marker in found), None)
     if source is not None:
