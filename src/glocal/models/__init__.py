@@ -36,6 +36,18 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(fnmatch.filter(_MODELS, pattern))
 
 
+def defaults(name: str) -> dict[str, Any]:
+    """Arguments of a model, and their values where none are given.
+
+    Raises:
+        ValueError: an unknown name; the nearest is named.
+    """
+    if name not in _MODELS:
+        raise ValueError(f"model: unknown name {name!r}; {nearest(name, _MODELS)}")
+    found = inspect.signature(_MODELS[name]).parameters.values()
+    return {p.name: p.default for p in found if p.kind is not p.POSITIONAL_ONLY}
+
+
 def create_model(
     name: str,
     pretrained: str | Path | Literal[False] | None = None,
@@ -64,15 +76,12 @@ def create_model(
     """
     name, own = name_and_literals(name)
     arguments = {**arguments, **own}
-    if name not in _MODELS:
-        raise ValueError(f"model: unknown name {name!r}; {nearest(name, _MODELS)}")
-    make = _MODELS[name]
-    valid = [p.name for p in inspect.signature(make).parameters.values() if p.kind is not p.POSITIONAL_ONLY]
+    valid = defaults(name)
     for key in arguments:
         if key not in valid:
             raise ValueError(f"{name}: has no argument {key!r}; {nearest(key, valid)}")
     try:
-        model = make(**arguments)
+        model = _MODELS[name](**arguments)
     except TypeError as error:
         raise ValueError(f"{name}: cannot be built: {error}") from error
     except ValueError as error:
