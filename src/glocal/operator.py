@@ -133,8 +133,9 @@ class Operator(nn.Module, ABC):
     def __repr__(self) -> str:
         """The canonical spec: `glocal.build(repr(mixer), mixer.dim)` is the same operator."""
         shown = []
-        for name, parameter in inspect.signature(type(self).__init__).parameters.items():
-            if name in ("self", "dim", "head_dim"):  # head_dim is said by num_heads
+        named = inspect.signature(type(self).__init__).parameters
+        for name, parameter in named.items():
+            if name in ("self", "dim") or (name == "head_dim" and "num_heads" in named):  # which says it
                 continue
             value = getattr(self, name)
             if isinstance(parameter.default, bool) and not isinstance(value, bool):

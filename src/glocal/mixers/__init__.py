@@ -11,6 +11,7 @@ from glocal.mixers.dynamic_depthwise_conv import DynamicDepthwiseConv as Dynamic
 from glocal.mixers.focal_attention import FocalAttention as FocalAttention
 from glocal.mixers.gate import Gate as Gate
 from glocal.mixers.gated_mixture import GatedMixture as GatedMixture
+from glocal.mixers.gated_padded_attention import GatedPaddedAttention as GatedPaddedAttention
 from glocal.mixers.gated_positional_attention import GatedPositionalAttention as GatedPositionalAttention
 from glocal.mixers.generalized_quadratic_attention import GeneralizedQuadraticAttention as GeneralizedQuadraticAttention
 from glocal.mixers.gru import GRU as GRU

@@ -105,6 +105,22 @@ class PaddedAttention(TokenMixer):
         """What a subclass gives as `weights`: the softmax of its scores over the places of each image."""
         grid = tuple(x.shape[1:-1])
         (position,) = self._scores(x, queries=queries).values()
+        index, seen = self.places_read(x, valid)
+        out = self.out_grid(grid)
+        places = grid_positions(out, device=x.device)
+        return Aggregation(
+            masked_softmax(position, seen),
+            index,
+            math.prod(grid),
+            places if queries is None else places[queries],
+            grid_positions(grid, stride=self._strides, device=x.device),
+            out if queries is None else (len(queries),),
+            grid,
+        )
+
+    def places_read(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Which source each place reads, and which places there are where images are padded: [B|1, 1, 1, E]."""
+        grid = tuple(x.shape[1:-1])
         sizes = None if valid is None else extents(valid)
         index, inside = [], []
         for axis, n in enumerate(grid):
@@ -113,35 +129,47 @@ class PaddedAttention(TokenMixer):
             index.append(sources_of(place, own, self.padding_mode)[:, None])
             inside.append(torch.where(place < own + self._sides[axis][1], 0, -1)[:, None])
         seen = None if valid is None else join(inside, [1] * len(grid))[:, None] >= 0
-        out = self.out_grid(grid)
-        places = grid_positions(out, device=x.device)
-        return Aggregation(
-            masked_softmax(position, seen),
-            join(index, grid)[:, None],
-            math.prod(grid),
-            places if queries is None else places[queries],
-            grid_positions(grid, stride=self._strides, device=x.device),
-            out if queries is None else (len(queries),),
-            grid,
-        )
+        return join(index, grid)[:, None], seen
+
+    def middles(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        """Which source each query's kernel has in its middle, -1 for none: [B|1, N]."""
+        grid = tuple(x.shape[1:-1])
+        sizes = None if valid is None else extents(valid)
+        index = []
+        for axis, (n, m) in enumerate(zip(grid, self.out_grid(grid), strict=True)):
+            first = self._reach[axis] // 2 - self._sides[axis][0]
+            place = first + self._strides[axis] * torch.arange(m, device=x.device)
+            own = place.new_full((1, 1), n) if sizes is None else sizes[:, axis, None]
+            index.append(sources_of(place, own, self.padding_mode)[..., None])
+        return join(index, grid)[..., 0]
 
     def project(self, mixed: Tensor) -> Tensor:
+        return self.biased(self.valued(mixed, self.value))
+
+    def valued(self, mixed: Tensor, value: Tensor) -> Tensor:
+        """What heads read, [B, N, K*C], times their values: [B, N, out_dim]."""
         mixed = mixed.unflatten(-1, (self.num_heads, self.groups, -1))
-        out = torch.einsum("bnkgc,kgco->bngo", mixed, self.value).flatten(2)
+        return torch.einsum("bnkgc,kgco->bngo", mixed, value).flatten(2)
+
+    def biased(self, out: Tensor) -> Tensor:
+        """[B, ..., out_dim] with the bias."""
         return out if self.bias is None else out + self.bias.to(out.dtype)  # under autocast, as a convolution does
 
     # The fast path.
 
     def fast(self, x: Tensor, values: Tensor) -> Tensor:
-        tokens, grid = values.reshape(x.shape), tuple(x.shape[1:-1])
-        image = tokens.unsqueeze(1) if self.rank == 1 else tokens
-        out = self._by_taps(image, grid)
-        if out is None:
-            out = self._by_axes(image, grid)
-        out = out.squeeze(1) if self.rank == 1 else out
-        return out if self.bias is None else out + self.bias.to(out.dtype)
+        return self.biased(self.mixed(values.reshape(x.shape), self.value))
 
-    def _by_taps(self, image: Tensor, grid: tuple[int, ...]) -> Tensor | None:
+    def mixed(self, tokens: Tensor, value: Tensor) -> Tensor:
+        """What heads of these values give for tokens [B, *S, C], without the bias: [B, *S_out, out_dim]."""
+        grid = tuple(tokens.shape[1:-1])
+        image = tokens.unsqueeze(1) if self.rank == 1 else tokens
+        out = self._by_taps(image, grid, value)
+        if out is None:
+            out = self._by_axes(image, grid, value)
+        return out.squeeze(1) if self.rank == 1 else out
+
+    def _by_taps(self, image: Tensor, grid: tuple[int, ...], value: Tensor) -> Tensor | None:
         """Each head as the one place that it reads; None unless that is exact to rounding, gradients included.
 
         Where a head sits on a place the gradient of its centre is small, not zero, and an optimizer that divides by
@@ -160,9 +188,9 @@ class PaddedAttention(TokenMixer):
         ones = [] if self.rank == 2 else [1]
         taps = list(zip(*found, strict=True)) if self.rank == 2 else [(0, tap) for tap in found[0]]
         padded = self._padded(image, grid)
-        return sum_of_taps(padded, taps, self.value, (*ones, *self._strides), (*ones, *self.out_grid(grid)))
+        return sum_of_taps(padded, taps, value, (*ones, *self._strides), (*ones, *self.out_grid(grid)))
 
-    def _by_axes(self, image: Tensor, grid: tuple[int, ...]) -> Tensor:
+    def _by_axes(self, image: Tensor, grid: tuple[int, ...], value: Tensor) -> Tensor:
         """A softmax along each axis, one after the other."""
         weights: list[Tensor] = []
         which: list[list[int]] = []
@@ -177,7 +205,7 @@ class PaddedAttention(TokenMixer):
         if self.rank == 1:
             weights, which = [image.new_ones(1, 1, 1), *weights], [[0] * self.num_heads, *which]
         return mix_by_axes(
-            image, Heads(weights[0], weights[1], which[0], which[1], self.value), strided=max(self._strides) > 1
+            image, Heads(weights[0], weights[1], which[0], which[1], value), strided=max(self._strides) > 1
         )
 
     def _may_look(self, image: Tensor) -> bool:
