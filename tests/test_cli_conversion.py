@@ -20,6 +20,10 @@ FAULTS = (
     ("all layers are converted", 'layers=command.layers or "*"', 'layers="*"'),
     ("training starts anew", "weights=str(weights), new_head", "new_head"),
     ("the way back is measured the wrong way round", "pair = (model, network.model)", "pair = (network.model, model)"),
+    ("gates are given to nobody", "gated=command.gated,", ""),
+    ("what is written says nothing of gates", "convert_gated=command.gated,", ""),
+    ("what is written says nothing of their width", "convert_head_dim=command.head_dim,", ""),
+    ("a way back with gates is taken", "if command.back and (command.gated or", "if False and (command.gated or"),
     ("levels of grey are shares", "[255.0 * value for", "[value for"),
 )
 
@@ -78,6 +82,28 @@ def test_chosen_layers_with_tables_of_scores(run, capsys):
     assert accuracy("new", capsys) == pytest.approx(accuracy("run", capsys), rel=1e-5)
 
 
+def test_gates_open_in_training_and_are_then_no_convolution(run, capsys):
+    assert cli.main(["convert", "run", "--gated", "--head-dim", "4", "--out", "new"]) == 0
+    capsys.readouterr()
+    weights = load_file(run / "new" / "weights.safetensors")
+    gates = [name for name in weights if name.endswith(".gate")]
+    assert len(gates) == 8 and not any(weights[name].any() for name in gates)
+    assert weights["stages.0.0.conv2_kxk.q.weight"].shape == (9 * 4, 32)
+    assert accuracy("new", capsys) == pytest.approx(accuracy("run", capsys), rel=1e-5)
+    assert cli.main(["convert", "new", "--back", "--out", "back"]) == 0
+    before, after = load_file(run / "run" / "weights.safetensors"), load_file(run / "back" / "weights.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    options = ["--epochs", "1", "--lr", "1e-2", "--out", "further"]
+    assert cli.main(["train", "--config", "new/config.yaml", *options]) == 0
+    weights = load_file(run / "further" / "weights.safetensors")
+    shut = [name for name in gates if not weights[name].any()]
+    assert shut == ["stages.0.0.se.fc1.mixer.gate", "stages.0.0.se.fc2.mixer.gate"]  # with one place there is no choice
+    capsys.readouterr()
+    assert cli.main(["convert", "further", "--back", "--out", "again"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and re.search(r"head 0 takes 0\.\d+ of its weight by content", said)
+
+
 def test_a_network_of_timms(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["convert", "timm:test_resnet", "--out", "new", "--json"]) == 0
@@ -97,6 +123,9 @@ def test_a_network_of_timms(tmp_path, monkeypatch, capsys):
         (["run", "--pretrained"], "--pretrained: is for 'timm:NAME'"),
         (["timm:resnet1000"], "timm:resnet1000: timm has no such model"),
         (["run", "--encoding", "cubic"], "cubic"),
+        (["run", "--head-dim", "4"], "--head-dim: no head has a gate; give --gated too"),
+        (["run", "--gated", "--head-dim", "0"], "head_dim: 0; it must be 1 or more"),
+        (["run", "--back", "--gated"], "--gated: is of the way there, not of --back"),
     ],
 )
 def test_a_mistake_is_one_line(run, capsys, arguments, words):

@@ -22,7 +22,7 @@ FAULTS = {
         ("the padding's kind is lost", '"zeros" if own else part.padding_mode', '"zeros"'),
         ("frozen weights learn", "mixer.requires_grad_(weight.requires_grad)", "pass"),
         ("places of frozen heads learn", "mixer.requires_grad_", "mixer.value.requires_grad_"),
-        ("dilation is lost", "dilation=part.dilation,", "dilation=1,"),
+        ("dilation is lost", '"dilation": part.dilation,', '"dilation": 1,'),
         ("hooks are lost in silence", "if part._forward_hooks or", "if"),
         ("hooks of gradients are lost", " or part._backward_pre_hooks:", ":"),
         ("parametrizations are lost", "if is_parametrized(part):", "if False:"),

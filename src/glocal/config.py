@@ -100,10 +100,20 @@ class ModelConfig:
     convert_alpha: float | None = None
     """How sharp these heads are; by default so that rounding is all that changes. 1 to 4 lets them move."""
 
+    convert_gated: bool = False
+    """Give every such head a gate, shut at first, through which it can learn to attend by content."""
+
+    convert_head_dim: int | None = None
+    """Channels of the queries and keys behind these gates, for each head; 32 by default."""
+
     def __post_init__(self) -> None:
         if self.convert is None:
-            for unused in (name for name in ("convert_layers", "convert_alpha") if getattr(self, name) is not None):
+            options = ("convert_layers", "convert_alpha", "convert_gated", "convert_head_dim")
+            for unused in (name for name in options if getattr(self, name) not in (None, False)):
                 raise ValueError(f"{unused}: nothing is converted; give convert too, or leave it out")
+        if self.convert_head_dim is not None and not self.convert_gated:
+            raise ValueError("convert_head_dim: no head has a gate; give convert_gated too, or leave it out")
+        _hold(self, ("convert_head_dim",), lambda dim: dim is None or dim >= 1, "1 or more")
         _hold(self, ("convert_alpha",), lambda alpha: alpha is None or 0 < alpha < math.inf, "above 0")
         if self.model is not None:
             own = (f for f in dataclasses.fields(self) if f.name != "model" and not f.name.startswith("convert"))
@@ -117,7 +127,12 @@ class ModelConfig:
     def name(self) -> str:
         """What tables call it."""
         name = self.model or self.layout
-        return name if self.convert is None else f"{name} as attention"
+        return name if self.convert is None else f"{name} as {'gated ' if self.convert_gated else ''}attention"
+
+    def unconverted(self) -> "ModelConfig":
+        """Of the network before its convolutions are turned into attention."""
+        own = {f.name: f.default for f in dataclasses.fields(self) if f.name.startswith("convert")}
+        return dataclasses.replace(self, **own)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -268,6 +283,12 @@ class ConvertCommand:
 
     layers: tuple[str, ...] | None = None
     """Names of the convolutions to convert, or patterns such as 'layer1.*'; by default all."""
+
+    gated: bool = False
+    """Give every head a gate, shut at first, through which it can learn to attend by content."""
+
+    head_dim: int | None = None
+    """Channels of the queries and keys behind the gates, for each head; 32 by default."""
 
     back: bool = False
     """The other way: attention whose heads sit on their taps into convolutions."""

@@ -14,19 +14,23 @@ With an average of the weights (`ema`), it is the average's heads that are told,
 
 from torch import nn
 
-from glocal.mixers import PaddedQuadraticAttention
+from glocal.mixers import GatedPaddedAttention, PaddedQuadraticAttention
 from glocal.mixers._quadratic import QuadraticScores
 
 
 def quadratic_heads(model: nn.Module) -> dict[str, dict[str, list]]:
     """Centres [heads, rank] and precision [heads, rank, rank] of every quadratic attention, by module name."""
     found = {}
-    for name, module in model.named_modules():
+    named = dict(model.named_modules())
+    for name, module in named.items():
         if isinstance(module, QuadraticScores):
             centres = module.attention_centers
         elif isinstance(module, PaddedQuadraticAttention):
             centres = module.centers
         else:
             continue
+        around = name.rpartition(".")[0]
+        if isinstance(named[around], GatedPaddedAttention):
+            name = around  # which is the operator
         found[name] = {"centers": centres.tolist(), "precision": module.precision().tolist()}
     return found

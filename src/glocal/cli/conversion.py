@@ -29,23 +29,39 @@ def convert_command(name: str, arguments: Sequence[str]) -> int:
     with said_in_one_line(name):
         if (command.out / "weights.safetensors").exists():
             raise UserError(f"--out: {str(command.out)!r} holds a network already; name another folder")
+        if command.back and (command.gated or command.head_dim is not None):
+            raise UserError(f"{'--gated' if command.gated else '--head-dim'}: is of the way there, not of --back")
+        if command.head_dim is not None and not command.gated:
+            raise UserError("--head-dim: no head has a gate; give --gated too, or leave it out")
         network = _network(command)
         config = network.config.model
         if command.back:
             if config.convert is None:
                 raise UserError(f"--back: {command.network} holds no converted network")
-            config = replace(config, convert=None, convert_layers=None, convert_alpha=None)
+            config = config.unconverted()
             model = to_convolution(network.model)
             pair = (model, network.model)
         else:
             if config.convert is not None:
                 raise UserError(f"{command.network}: is converted already; --back turns it into convolutions")
             config = replace(
-                config, convert=command.encoding, convert_layers=command.layers, convert_alpha=command.alpha
+                config,
+                convert=command.encoding,
+                convert_layers=command.layers,
+                convert_alpha=command.alpha,
+                convert_gated=command.gated,
+                convert_head_dim=command.head_dim,
             )
-            model = to_attention(
-                network.model, encoding=command.encoding, alpha=command.alpha, layers=command.layers or "*"
-            )
+            with torch.random.fork_rng():
+                torch.manual_seed(0)  # queries and keys behind gates are random
+                model = to_attention(
+                    network.model,
+                    encoding=command.encoding,
+                    alpha=command.alpha,
+                    layers=command.layers or "*",
+                    gated=command.gated,
+                    head_dim=command.head_dim,
+                )
             pair = (network.model, model)
         like = next(model.parameters())
         images = torch.randn(2, network.in_chans, *network.img_size, generator=torch.Generator().manual_seed(0))

@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,17 +13,15 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
-from glocal.arguments import one_of
-from glocal.mixers import Convolution, DepthwiseConv, PaddedLearnedAttention, PaddedQuadraticAttention
+from glocal.arguments import flag, one_of, positive
+from glocal.mixers import Convolution, DepthwiseConv, GatedPaddedAttention
 from glocal.mixers._grid import centre_padding
 from glocal.mixers._padded import PaddedAttention, heads_of_kernel
+from glocal.mixers.gated_padded_attention import ENCODINGS
 from glocal.mixers.padded_quadratic_attention import positive_number
 from glocal.operator import Operator
 
-ENCODINGS: dict[str, Any] = {
-    "quadratic": PaddedQuadraticAttention,
-    "learned": PaddedLearnedAttention,
-}
+_HEAD_DIM = 32  # of queries and keys, where none is given
 
 
 class ConvolutionAsAttention(nn.Module):
@@ -32,7 +31,7 @@ class ConvolutionAsAttention(nn.Module):
     last needs no copy.
     """
 
-    def __init__(self, mixer: PaddedAttention) -> None:
+    def __init__(self, mixer: PaddedAttention | GatedPaddedAttention) -> None:
         super().__init__()
         self.mixer = mixer
 
@@ -57,11 +56,14 @@ def to_attention(
     encoding: str = "quadratic",
     alpha: float | None = None,
     layers: str | Sequence[str] = "*",
+    gated: bool = False,
+    head_dim: int | None = None,
 ) -> nn.Module:
     """The same function as attention: of a convolution a layer in its place, of a network a new network.
 
     Every tap of a kernel becomes a head, centred on the tap and sharp; its values are the tap's weights. All of it
-    trains on: centres and spreads (or score tables) besides the convolution's own weights.
+    trains on: centres and spreads (or score tables) besides the convolution's own weights. Gated, each head can learn
+    to attend by content too: it starts as the tap alone, and its gate opens as training asks for it.
 
     Args:
         convolution: a Conv1d or Conv2d of torch, a `Convolution` or `DepthwiseConv` of ours, or a network that holds
@@ -72,6 +74,9 @@ def to_attention(
             in the layer's dtype, 20 in float32 and 41 in float64 (26 and 47 with learned scores). The gradients of
             centres and spreads are about e^-alpha: smaller ones, 1 to 4, let heads move and give up exactness.
         layers: names of the convolutions to convert, as in `named_modules`; patterns such as "layer1.*" too.
+        gated: beside every head attention by content, through a gate that is shut, see `GatedPaddedAttention`. What
+            the network gives stays the same; queries and keys start small and random, from PyTorch's random state.
+        head_dim: channels of these queries and keys, for each head; 32 by default.
 
     Returns:
         A `ConvolutionAsAttention`, for ours a mixer; or the network with these in their places.
@@ -82,15 +87,19 @@ def to_attention(
             pattern that matches nothing.
 
     Source: Cordonnier et al., On the Relationship between Self-Attention and Convolutional Layers, ICLR 2020,
-    arXiv 1911.03584, theorem 1.
+    arXiv 1911.03584, theorem 1; gates: d'Ascoli et al., ConViT, ICML 2021, arXiv 2103.10697.
     Differs from the paper: borders, strides, groups, any kernel; see `PaddedQuadraticAttention`.
     """
     one_of("encoding", encoding, tuple(ENCODINGS))
     if alpha is not None:
         positive_number("alpha", alpha)
+    if head_dim is not None and not flag("gated", gated):
+        raise ValueError(f"head_dim: {head_dim}, is that of attention by content; give gated=True too")
+    asked = positive("head_dim", _HEAD_DIM if head_dim is None else head_dim) if flag("gated", gated) else None
+    make = partial(_attention, encoding=encoding, alpha=alpha, head_dim=asked)
     patterns = [layers] if isinstance(layers, str) else list(layers)
     if is_convolution(convolution):
-        return _converted("", convolution, encoding, alpha).train(convolution.training)
+        return _converted("", convolution, make).train(convolution.training)
     found = [name for name, _ in _named(convolution, is_convolution)]
     chosen = {name for name in found if any(fnmatchcase(name, pattern) for pattern in patterns)}
     unmatched = [repr(p) for p in patterns if not any(fnmatchcase(name, p) for name in found)]
@@ -99,7 +108,7 @@ def to_attention(
         given = ", ".join(unmatched) or layers
         raise ValueError(f"layers: no convolution of this {type(convolution).__name__} matches {given}; {some}")
     _refuse_tied(convolution, chosen)
-    return replaced(convolution, chosen, lambda name, part: _converted(name, part, encoding, alpha))
+    return replaced(convolution, chosen, lambda name, part: _converted(name, part, make))
 
 
 def is_convolution(part: nn.Module) -> bool:
@@ -129,13 +138,12 @@ def _named(model: nn.Module, wanted: Callable[[nn.Module], bool], prefix: str = 
             yield from _named(part, wanted, f"{prefix}{name}.")
 
 
-def _converted(name: str, part: nn.Module, encoding: str, alpha: float | None) -> nn.Module:
+def _converted(name: str, part: nn.Module, make: Callable[[nn.Module], nn.Module]) -> nn.Module:
     if (why := _refusal(part)) is not None:
         where = f"{name}: {type(part).__name__}" if name else type(part).__name__
         raise ValueError(f"{where} {why}; leave it out by layers=")
-    own = isinstance(part, Operator)
-    mixer = _attention(part, encoding, alpha)
-    return mixer if own else ConvolutionAsAttention(mixer)
+    mixer: Any = make(part)
+    return mixer if isinstance(part, Operator) else ConvolutionAsAttention(mixer)
 
 
 def _refuse_tied(model: nn.Module, chosen: set[str]) -> None:
@@ -183,32 +191,39 @@ def _causal(part: nn.Module) -> bool:
     return bool(getattr(part, "causal", False))
 
 
-def _attention(part: Any, encoding: str, alpha: float | None) -> PaddedAttention:
-    """The mixer of a convolution of torch's or of ours, which have the same parameters."""
+def _attention(
+    part: Any, *, encoding: str, alpha: float | None, head_dim: int | None
+) -> PaddedAttention | GatedPaddedAttention:
+    """The mixer of a convolution of torch's or of ours, which have the same parameters; with a head_dim a gated one."""
     weight, bias = part.weight, part.bias
     rank = weight.dim() - 2
     kernel = tuple(weight.shape[2:])
     groups = weight.shape[0] if isinstance(part, DepthwiseConv) else part.groups
     own = isinstance(part, Operator)
-    kind = ENCODINGS[encoding]
-    mixer: Any = kind(
-        weight.shape[1] * groups,
-        kernel_size=kernel,
-        out_dim=weight.shape[0],
-        stride=part.stride,
-        padding=centre_padding(kernel, part.dilation) if own else part.padding,
-        dilation=part.dilation,
-        groups=groups,
-        padding_mode="zeros" if own else part.padding_mode,
-        alpha=exact_alpha(weight.dtype, encoding) if alpha is None else alpha,
-        bias=bias is not None,
-        rank=rank,
-    )
+    given: dict[str, Any] = {
+        "kernel_size": kernel,
+        "out_dim": weight.shape[0],
+        "stride": part.stride,
+        "padding": centre_padding(kernel, part.dilation) if own else part.padding,
+        "dilation": part.dilation,
+        "groups": groups,
+        "padding_mode": "zeros" if own else part.padding_mode,
+        "alpha": exact_alpha(weight.dtype, encoding) if alpha is None else alpha,
+        "bias": bias is not None,
+        "rank": rank,
+    }
+    gated: Any = GatedPaddedAttention
+    dim = weight.shape[1] * groups
+    if head_dim is None:
+        mixer = position = ENCODINGS[encoding](dim, **given)
+    else:
+        mixer = gated(dim, encoding=encoding, head_dim=head_dim, **given)
+        position = mixer.position
     mixer = mixer.to(device=weight.device, dtype=weight.dtype)
     with torch.no_grad():
-        mixer.value.copy_(heads_of_kernel(weight, groups))
+        position.value.copy_(heads_of_kernel(weight, groups))
         mixer.requires_grad_(weight.requires_grad)
         if bias is not None:
-            mixer.bias.copy_(bias)
-            mixer.bias.requires_grad_(bias.requires_grad)
+            position.bias.copy_(bias)
+            position.bias.requires_grad_(bias.requires_grad)
     return mixer

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from glocal.conversion.attention import ConvolutionAsAttention, replaced
-from glocal.mixers import Convolution, DepthwiseConv
+from glocal.mixers import Convolution, DepthwiseConv, GatedPaddedAttention
 from glocal.mixers._grid import centre_padding
 from glocal.mixers._padded import PaddedAttention, kernel_of_heads
 from glocal.mixers.padded_quadratic_attention import positive_number
 
+KINDS = (ConvolutionAsAttention, GatedPaddedAttention, PaddedAttention)
 _BEYOND = 64  # places on either side of the kernel among which a head's weights are looked at
 
 
@@ -21,30 +22,33 @@ def to_convolution(attention: nn.Module, *, tolerance: float = 1e-4) -> nn.Modul
     Heads may have changed places among the taps of the kernel; those that share one are added.
 
     Args:
-        attention: a `ConvolutionAsAttention`, a padded attention, or a network that holds some; stays as it is.
-        tolerance: the largest share of its weight that a head may give to other places than its tap.
+        attention: a `ConvolutionAsAttention`, a padded attention, gated or not, or a network that holds some; stays
+            as it is.
+        tolerance: the largest share of its weight that a head may give to other places than its tap, or
+            take by content.
 
     Returns:
         A Conv1d or Conv2d of torch, of a mixer a `Convolution` or `DepthwiseConv` of ours; or the network with these in
         their places. Right after `to_attention` the weights are the convolution's own, bit by bit.
 
     Raises:
-        ValueError: heads that do not sit on a tap: which, where they are, and by how much they miss it; a mixer
-            that ours are none of, such as one with an even kernel; nothing to convert.
+        ValueError: heads that do not sit on a tap: which, where they are, and by how much they miss it; heads whose
+            gate is open: which, and how far; a mixer that ours are none of, such as one with an even kernel; nothing to
+            convert.
     """
     positive_number("tolerance", tolerance)
-    if isinstance(attention, ConvolutionAsAttention | PaddedAttention):
-        found = {"": attention}
+    if isinstance(attention, KINDS):
+        found: dict[str, nn.Module] = {"": attention}
     else:
-        kinds = (ConvolutionAsAttention, PaddedAttention)
-        named = [(n, p) for n, p in attention.named_modules(remove_duplicate=False) if isinstance(p, kinds)]
-        inner = {f"{n}.mixer" for n, p in named if isinstance(p, ConvolutionAsAttention)}
+        named = [(n, p) for n, p in attention.named_modules(remove_duplicate=False) if isinstance(p, KINDS)]
+        inner = {f"{n}.{held}" for n, _ in named for held in ("mixer", "mixer.position", "position")}
         found = {n: p for n, p in named if n not in inner}
     if not found:
         raise ValueError(f"attention: this {type(attention).__name__} holds none that to_attention made")
     taps, said = {}, []
     for name, part in found.items():
         taps[name], missed = _taps(_mixer(part), tolerance)
+        missed += _open(part, tolerance)
         said += [f"{name}: {each}" if name else each for each in missed]
     if said:
         more = f" (and {len(said) - 3} more heads)" if len(said) > 3 else ""
@@ -57,7 +61,23 @@ def to_convolution(attention: nn.Module, *, tolerance: float = 1e-4) -> nn.Modul
 
 
 def _mixer(part: nn.Module) -> PaddedAttention:
-    return part.mixer if isinstance(part, ConvolutionAsAttention) else part  # type: ignore[return-value]
+    """The attention to places, without what a gate lets in."""
+    mixer: Any = part.mixer if isinstance(part, ConvolutionAsAttention) else part
+    return mixer.position if isinstance(mixer, GatedPaddedAttention) else mixer
+
+
+@torch.no_grad()
+def _open(part: nn.Module, tolerance: float) -> list[str]:
+    """In words which heads take more than that by content."""
+    mixer = part.mixer if isinstance(part, ConvolutionAsAttention) else part
+    if not isinstance(mixer, GatedPaddedAttention):
+        return []
+    shares = mixer.gates().tolist()
+    return [
+        f"head {head} takes {share:.2g} of its weight by content (its gate is open, {gate:.3g})"
+        for head, (share, gate) in enumerate(zip(shares, mixer.gate.tolist(), strict=True))
+        if not share <= tolerance
+    ]
 
 
 @torch.no_grad()

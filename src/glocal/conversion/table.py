@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from glocal.conversion.attention import ConvolutionAsAttention, is_convolution
-from glocal.conversion.convolution import _mixer
-from glocal.mixers._padded import PaddedAttention
+from glocal.conversion.convolution import KINDS, _mixer
 from glocal.operator import modes_kept
 
 
@@ -90,7 +89,7 @@ def compare_conversion(before: nn.Module, after: nn.Module, x: Tensor) -> Conver
     found: dict[str, ConvertedLayer] = {}
     hooks = []
     for name, part in before.named_modules():
-        if is_convolution(part) and isinstance(new.get(name), ConvolutionAsAttention | PaddedAttention):
+        if is_convolution(part) and isinstance(new.get(name), KINDS):
             hooks.append(part.register_forward_hook(_measure(name, new[name], found), with_kwargs=True))
     try:
         with modes_kept(before), modes_kept(after):
@@ -120,15 +119,16 @@ def _measure(name: str, new: nn.Module, found: dict[str, ConvertedLayer]) -> Any
         rank = mixer.rank or 0
         grid = x.shape[-rank:] if isinstance(new, ConvolutionAsAttention) else x.shape[1:-1]
         weight = part.weight
+        whole: Any = getattr(new, "mixer", new)
         queries = torch.Size(mixer.out_grid(grid)).numel()
         found[name] = ConvertedLayer(
             name,
             _words(mixer),
             mixer.num_heads,
             sum(p.numel() for p in part.parameters()),
-            sum(p.numel() for p in mixer.parameters()),
+            sum(p.numel() for p in new.parameters()),
             queries * weight.numel(),
-            mixer.macs_by_axes(grid),
+            whole.macs_by_axes(grid),
             max(error, found[name].error) if name in found else error,
         )
 

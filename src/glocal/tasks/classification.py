@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,15 @@ def build_model(
             torch.manual_seed(seed)
             return build_model(config, in_chans=in_chans, num_classes=num_classes, img_size=img_size)
     if config.convert is not None:
-        plain = replace(config, convert=None, convert_layers=None, convert_alpha=None)
+        plain = config.unconverted()
         model = build_model(plain, in_chans=in_chans, num_classes=num_classes, img_size=img_size)
         return to_attention(
-            model, encoding=config.convert, layers=config.convert_layers or "*", alpha=config.convert_alpha
+            model,
+            encoding=config.convert,
+            layers=config.convert_layers or "*",
+            alpha=config.convert_alpha,
+            gated=config.convert_gated,
+            head_dim=config.convert_head_dim,
         )
     made_for: dict[str, Any] = {"in_chans": in_chans, "num_classes": num_classes, "img_size": img_size}
     if config.model is None:
