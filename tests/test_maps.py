@@ -56,6 +56,11 @@ def of(entries, image):
 def slots(found, image, head, query, terms="both"):
     """One row as the page has it."""
     rows = of(found.rows, image)
+    if found.kind == "mixture":
+        share = found.shares["content share"][head]
+        share = {"both": share, "content": 1, "position": 0}[terms]
+        parts = [at(p.codes, head, query) * at(p.scales, head, query) for p in (rows, of(found.table, image))]
+        return share * parts[0] + (1 - share) * parts[1]
     if found.kind != "scores":
         middle = 128 if found.kind == "signed" and rows.codes.dtype == np.uint8 else 0
         return (at(rows.codes, head, query).astype(float) - middle) * at(rows.scales, head, query)
@@ -174,10 +179,46 @@ def test_operators_that_mask_have_terms_all_the_same(spec, terms):
     assert (found.kind, found.terms) == ("scores", terms)
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "GatedPositionalAttention(num_heads=2)",
+        "GatedPaddedAttention(padding=1, alpha=1.0)",
+        "GatedPaddedAttention(padding=1, padding_mode='circular', encoding='learned', head_dim=8)",
+    ],
+)
+@pytest.mark.parametrize("budget", [10**7, 2000])
+def test_the_parts_of_a_mixture_come_back_and_so_does_the_whole(spec, budget):
+    """Each within 1/128 of its own largest, and the whole of its."""
+    torch.manual_seed(0)
+    mixer = glocal.build(spec, 32).eval()
+    for parameter in mixer.parameters():
+        parameter.data.add_(0.3 * torch.randn_like(parameter))
+    x = torch.randn(2, 7, 6, 32)
+    ((found,), refused) = maps(recorded(mixer, x), budget=budget)
+    assert not refused and (found.kind, found.terms) == ("mixture", ("content", "position"))
+    assert (found.stride == 1) == (budget == 10**7)
+    rows = [r * 6 + c for r in range(7) for c in range(6)] if found.stride == 1 else None
+    if rows is None:
+        axes = [[min(i + found.stride // 2, n - 1) for i in range(0, n, found.stride)] for n in (7, 6)]
+        rows = [r * 6 + c for r in axes[0] for c in axes[1]]
+        assert sum(rows_of.codes.size for rows_of in (*found.rows, *found.table)) <= budget
+    whole = mixer.weights(x)
+    parts = {name: dataclasses.replace(whole, weights=part) for name, (_, part) in mixer.parts(x).items()}
+    for terms, weights in {"both": whole, **parts}.items():
+        dense = weights.dense().detach().double().numpy()
+        for image, head, at_row in ((0, 0, 0), (1, 1, len(rows) - 1), (0, 1, len(rows) // 2)):
+            expected = dense[min(image, len(dense) - 1), head, rows[at_row]]
+            assert_near(row_of(found, image, head, at_row, terms), expected)
+    share = 1 - mixer.gating_param.sigmoid() if hasattr(mixer, "gating_param") else mixer.gate.abs().tanh()
+    assert found.shares["content share"] == pytest.approx(share.tolist(), rel=1e-6)
+    assert (found.centers is None) == ("alpha" not in spec)
+
+
 def test_slots_of_one_source_are_stored_as_one():
     """Each by itself is large, and they take one another away."""
     found = aggregation([[[[1.0, -0.99, 0.004, 0.0], [1.0, 0.0, 0.0, 0.0]]]], [[[[0, 0, 1, -1], [3, 2, 1, 0]]]], 2)
-    rows = _rows(types.SimpleNamespace(scores=lambda chosen: {}), found, None)
+    rows = _rows(types.SimpleNamespace(scores=lambda chosen: {}, parts=lambda chosen: {}), found, None)
     stored = rows[3][0].codes[0, 0].astype(float) * rows[3][0].scales[0, 0]
     assert rows[0] == "weights"  # together nothing is below zero
     index = rows[2].index[0, 0, 0].tolist()
@@ -405,6 +446,13 @@ FAULTS = {
         ("scales are rounded down", "/ unit).ceil() * unit", "/ unit).floor() * unit"),
     ),
     ("analysis/maps.py", "test_maps.py"): (
+        (
+            "a mixture's parts change places",
+            'for name in ("content", "position")} if {*parts}',
+            'for name in ("position", "content")} if {*parts}',
+        ),
+        ("the share is that of position", '{CONTENT: parts["content"][0]}', '{CONTENT: parts["position"][0]}'),
+        ("a mixture takes the room of one", "for each in parts or [one]", "for each in [one]"),
         (
             "a mask is taken for a small weight",
             "seen = (weights > 0) | (total < total.amax(-1, keepdim=True) - 80)",

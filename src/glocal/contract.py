@@ -213,8 +213,18 @@ def positions_are_those_of_the_grid(spec: str, grid: tuple[int, ...]) -> str | N
 
 
 def scores_make_the_weights(spec: str, grid: tuple[int, ...]) -> str | None:
-    """The softmax of the sum of the named terms is the weights, wherever rows sum to 1."""
+    """The softmax of the sum of the named terms is the weights, wherever rows sum to 1; of a mixture, the sum of its
+    parts, each with rows that sum to 1, by their shares."""
     mixer = random_mixer(spec)
+    if isinstance(mixer, TokenMixer) and type(mixer)._parts is not TokenMixer._parts:
+        x = tokens(2, *grid)
+        parts, mixed = mixer.parts(x), mixer.weights(x).weights
+        total = sum(share[:, None, None] * part for share, part in parts.values())
+        close("the sum of the parts by their shares", total.expand_as(mixed), mixed, 1e-9)  # type: ignore[union-attr]
+        for name, (_, part) in parts.items():
+            rows = part.sum(-1)
+            close(f"the row sums of {name}", rows, torch.ones_like(rows), 1e-9)
+        return None
     if not isinstance(mixer, TokenMixer) or type(mixer)._scores is TokenMixer._scores:
         return NO_SOFTMAX
     x = tokens(2, *grid)

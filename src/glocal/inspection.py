@@ -111,6 +111,16 @@ class Call:
             return found
         return {name: term if term.shape[2] == 1 else term[:, :, call["queries"]] for name, term in found.items()}
 
+    def parts(self, queries: Tensor | None = None) -> dict[str, tuple[Tensor, Tensor]]:
+        """Share [G] and weights [B|1, G, N, K] of each part by name, where the weights are a mixture; {} if not.
+
+        Nothing rebuilds the output from them: ask `weights` too, and compare.
+        """
+        if getattr(type(self.mixer), "_parts", TokenMixer._parts) is TokenMixer._parts:
+            return {}
+        with self._as_it_was():
+            return self.mixer.parts(**self._call_for(queries))
+
     def _call_for(self, queries: Tensor | None) -> dict[str, Any]:
         """The call's arguments, for some of its queries."""
         call = dict(self._call)

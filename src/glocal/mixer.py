@@ -95,6 +95,8 @@ class TokenMixer(Operator):
       (pooled ones), it names `valid` and zeroes itself what holds no real token; where it names `cache`, it joins
       what is remembered itself.
     - `weights(x, ...)`: how much goes where -> `Aggregation`, differentiable.
+    - `scores(x, ...)` or `parts(x, ...)`: optional, the terms of the softmax that makes the weights, or the weights
+      that they are a mixture of.
     - `project(mixed)`: write back, [B, N, G*D] -> [B, N, C_out]; the identity if left out.
     - `fast(x, values, ...)`: optional, the output [B, ..., C_out] without forming A. `values` are those of
       `values`, already zero where `valid` is False; `fast(x, ...)` makes them itself, with whatever else it needs.
@@ -102,8 +104,8 @@ class TokenMixer(Operator):
     - `out_grid(grid)`, `macs(grid)`, `remembers` where the defaults do not hold.
     - `examples`: specs for dim 32 that tests, benchmarks and galleries build.
 
-    `weights`, `scores`, `fast` and `unsupported` name in their own signature those call arguments they use, out
-    of `source, grid, valid, pos_embed, source_pos_embed, queries, cache` (see `forward`). What an operator's
+    `weights`, `scores`, `parts`, `fast` and `unsupported` name in their own signature those call arguments they use,
+    out of `source, grid, valid, pos_embed, source_pos_embed, queries, cache` (see `forward`). What an operator's
     `weights` does not name is refused in words, but for three that need nothing of it: `queries` (rows are then
     selected), `valid` (values elsewhere are zero in any case) and `grid` (x is reshaped). Where a class says
     `takes_positions`, since its weights compare tokens, `pos_embed` needs nothing either: `weights`, `scores` and
@@ -114,7 +116,7 @@ class TokenMixer(Operator):
     """
 
     impl: Literal["auto", "reference", "fast"] = "auto"
-    _hooks = ("_weights", "_scores", "_unsupported", "fast", "values")
+    _hooks = ("_weights", "_scores", "_parts", "_unsupported", "fast", "values")
 
     # What an operator writes.
 
@@ -127,6 +129,9 @@ class TokenMixer(Operator):
 
     def _scores(self, *args: Any, **call: Any) -> dict[str, Tensor]:
         raise ValueError(f"{type(self).__name__}: has no scores, its weights are no softmax of a sum")
+
+    def _parts(self, *args: Any, **call: Any) -> dict[str, tuple[Tensor, Tensor]]:
+        raise ValueError(f"{type(self).__name__}: has no parts, its weights are no mixture of others")
 
     def _unsupported(self, *args: Any, **call: Any) -> str | None:
         return None
@@ -218,6 +223,13 @@ class TokenMixer(Operator):
         call = _looking(given(source=source, **call))
         x, call = self._bind(x, call)
         return self._scores(self._placed(x, call), **self._only("_scores", call))
+
+    def parts(self, x: Tensor, source: Tensor | None = None, **call: Any) -> dict[str, tuple[Tensor, Tensor]]:
+        """Of weights that are a mixture: by name ("content", "position") the share of each part in every head, [G],
+        and its weights, [B|1, G, N, K]. Shares times parts, added up, are the weights."""
+        call = _looking(given(source=source, **call))
+        x, call = self._bind(x, call)
+        return self._parts(self._placed(x, call), **self._only("_parts", call))
 
     def unsupported(self, x: Tensor, source: Tensor | None = None, **call: Any) -> str | None:
         """Why the fast path cannot run on these arguments, in a sentence; None if it can."""

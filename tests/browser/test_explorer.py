@@ -1,6 +1,7 @@
 """The page of `glocal explore` in a browser: what it draws is what PyTorch computes, whatever is chosen."""
 
 import base64
+import dataclasses
 import functools
 import io
 import re
@@ -33,11 +34,16 @@ class Net(nn.Module):
         for parameter in self.parameters():
             parameter.data.add_(0.5 * torch.randn_like(parameter))
         self.own = glocal.build("InhomogeneousDepthwiseConv(kernel_size=3, num_groups=4)", 24)
+        with torch.random.fork_rng():
+            self.gated = glocal.build("GatedPaddedAttention(padding=1, encoding='learned', head_dim=8)", 24)
+            self.mixture = glocal.build("GatedPositionalAttention(num_heads=2)", 24)
+            for parameter in (*self.gated.parameters(), *self.mixture.parameters()):
+                parameter.data.add_(0.5 * torch.randn_like(parameter))
 
     def forward(self, x):
         self.content(torch.cat([x.mean((1, 2))[:, None], x.flatten(1, 2)], 1), grid=GRID)
         self.both(x), self.places(x), self.conv(torch.cat([x, -x], -1)), self.window(x), self.pooled(x)
-        return self.strided(x), self.own(x)
+        return self.strided(x), self.own(x), self.gated(x), self.mixture(x)
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +119,9 @@ def scores_of(call):
 
 def expected(call, image, head, query, terms="both"):
     """By torch, from the mixer itself; None where it has no such term."""
+    if terms != "both" and (parts := call.parts()):
+        dense = dataclasses.replace(weights_of(call), weights=parts[terms][1]).dense().detach().double()
+        return dense[min(image, len(dense) - 1), head, query].numpy()
     if terms != "both":
         scores = scores_of(call)
         if not scores:
@@ -426,6 +435,8 @@ FAULTS = {
         ),
         ("the sum is not looked at", "(two ? Math.min(highest, sum - other) : highest)", "highest"),
         ("the denominator is that of the sum", "first && second ? 4 : first ? 2 : 5", "two ? 4 : 2"),
+        ("shares change places", "both ? content :", "both ? 1 - content :"),
+        ("a part is shown by its share", ": +(state.terms === layer.terms[1])", ": 1 - content"),
         ("signed codes count from zero", "? 128 : 0;", "? 0 : 0;"),
         ("the mean is a sum", "value / (scores ? seen[j] : images)", "value"),
         ("class tokens shift the query", "row: prefix + i * across + j,", "row: i * across + j,"),

@@ -15,7 +15,7 @@ DIM = 4
 NAME = "GatedPaddedAttention"
 
 FAULTS = (
-    ("the gate is that of positions", "(1 - share) * found.weights + share *", "share * found.weights + (1 - share) *"),
+    ("the gate is that of positions", '"position": (1 - share, position)', '"position": (share, position)'),
     ("the fast path adds content to all of the position", "position.value * (1 - share)", "position.value"),
     ("content is let in ungated", "position.valued(by_content, position.value * share)",
      "position.valued(by_content, position.value)"),

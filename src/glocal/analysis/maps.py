@@ -3,7 +3,8 @@
 A weight comes back within 1/128 of the largest of its row. Where weights are a softmax of named terms, the terms are
 stored, not the weights, so that a page can show them alone and put them together itself: the position term exactly
 enough (16 bits, or 32), and the content as how far it lies below the highest that the row allows, in steps that grow
-as the weight falls. `codes.py` has the arithmetic.
+as the weight falls. Where they are a mixture, so are the parts, each coded as weights are. `codes.py` has the
+arithmetic.
 
 Shape letters: B images, G heads, N queries, M sources, K weights stored per query; Q queries that are stored.
 """
@@ -24,6 +25,7 @@ from glocal.analysis.entropy import entropy
 from glocal.analysis.heads import quadratic_heads
 from glocal.inspection import Call
 
+CONTENT = "content share"
 BUDGET = 28_000_000  # entries of all layers and images; a page of them has 30 MB at most
 
 
@@ -55,8 +57,9 @@ class Map:
         heads: G.
         queries, sources: where they are.
         stride: every so many-th query along each axis is stored; those in front all are.
-        kind: "weights" (0 or more), "signed", or "scores" (of which the weights are the softmax).
-        terms: names of the scores' terms; the first is in `rows`, a second one in `table`.
+        kind: "weights" (0 or more), "signed", "scores" (of which the weights are the softmax), or "mixture" (of two
+            weights, the first by the share `CONTENT`, the second by the rest).
+        terms: names of the scores' terms, or of the mixture's parts; the first is in `rows`, a second one in `table`.
         rows: codes and their scales.
         table: the second term.
         index: the source of every slot, int32 [G|1, Q|1, K], -1 for none; empty where slots are sources.
@@ -123,8 +126,9 @@ def maps(calls: Sequence[Call], *, budget: int = BUDGET) -> tuple[list[Map], dic
 def _size(call: Call) -> tuple[int, int]:
     """Entries of one query, of all images and heads; queries."""
     with torch.no_grad():
-        one = call.weights(torch.zeros(1, dtype=torch.int64, device=call.x.device))
-    return one.weights.shape[0] * one.weights.shape[1] * one.weights.shape[3], call.num_queries
+        first = torch.zeros(1, dtype=torch.int64, device=call.x.device)
+        one, parts = call.weights(first).weights, [part for _, part in call.parts(first).values()]
+    return sum(each.shape[0] * each.shape[1] * each.shape[3] for each in parts or [one]), call.num_queries
 
 
 def _share(budget: int, needs: Sequence[int]) -> float:
@@ -164,7 +168,7 @@ def _map(name: str, call: Call, stride: int) -> Map:
             index=index,
             distance=_of_heads(mean_distance(found), heads, counted),
             entropy=_of_heads(entropy(found), heads, counted),
-            shares={share: values.tolist() for share, values in call.shares().items()},
+            shares={share: values.tolist() for share, values in _shares(call, chosen).items()},
             centers=centers,
             precision=precision,
         )
@@ -174,6 +178,12 @@ def _rows(
     call: Call, found: Aggregation, chosen: Tensor | None
 ) -> tuple[str, tuple[str, ...], Aggregation, list[Rows], list[Rows]]:
     """kind, terms, what is stored, rows and table."""
+    if parts := _two_parts(call, chosen):
+        whole = [
+            replace(found, weights=each).dense() for each in (found.weights, *(part for _, part in parts.values()))
+        ]
+        rows, table = ([coded_weights(w, False) for w in part] for part in whole[1:])
+        return "mixture", tuple(parts), replace(found, weights=whole[0], index=None), rows, table
     terms = call.scores(chosen)
     slots = torch.ones(1, 1, 1, 1, dtype=torch.bool) if found.index is None else found.index >= 0
     if terms and set(terms) <= {"content", "position"} and all(t.isfinite().all() for t in terms.values()):
@@ -195,6 +205,17 @@ def _rows(
         found = replace(found, weights=torch.where(found.index < 0, 0, found.weights))
     rows = [coded_weights(w, signed, shared=shared) for w in found.weights]
     return "signed" if signed else "weights", (), found, rows, []
+
+
+def _two_parts(call: Call, chosen: Tensor | None) -> dict[str, tuple[Tensor, Tensor]]:
+    """Content and position, where weights are a mixture of these."""
+    parts = call.parts(chosen)
+    return {name: parts[name] for name in ("content", "position")} if {*parts} == {"content", "position"} else {}
+
+
+def _shares(call: Call, chosen: Tensor | None) -> dict[str, Tensor]:
+    parts = _two_parts(call, None if chosen is None else chosen[:1])
+    return call.shares() | ({CONTENT: parts["content"][0]} if parts else {})
 
 
 def _merged(found: Aggregation) -> Aggregation:

@@ -130,17 +130,24 @@ class GatedPaddedAttention(TokenMixer):
 
     def weights(self, x: Tensor, *, valid: Tensor | None = None, queries: Tensor | None = None) -> Aggregation:
         found = self.position._over_places(x, valid, queries)
-        share = self.gates().to(found.weights.dtype)[:, None, None]
-        return replace(found, weights=(1 - share) * found.weights + share * self._content(x, valid, queries, found))
+        (one, content), (other, position) = self._of_both(x, found.weights, valid, queries).values()
+        return replace(found, weights=one[:, None, None] * content + other[:, None, None] * position)
 
-    def _content(self, x: Tensor, valid: Tensor | None, queries: Tensor | None, positions: Aggregation) -> Tensor:
-        """How much each place gets by its content: [B, K, N, E]."""
+    def parts(
+        self, x: Tensor, *, valid: Tensor | None = None, queries: Tensor | None = None
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        return self._of_both(x, self.position._over_places(x, valid, queries).weights, valid, queries)
+
+    def _of_both(
+        self, x: Tensor, position: Tensor, valid: Tensor | None, queries: Tensor | None
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Shares and weights by position, and by content: [B, K, N, E]."""
         index, seen = self.position.places_read(x, valid)
         seen = index >= 0 if seen is None else seen & (index >= 0)
-        scores = torch.einsum("bnkd,bmkd->bknm", self._queries(x, valid, queries), self._keys(x))
-        scores = scores.to(positions.weights.dtype)
+        scores = torch.einsum("bnkd,bmkd->bknm", self._queries(x, valid, queries), self._keys(x)).to(position.dtype)
         scores = scores.gather(-1, index.clamp(min=0).expand(*scores.shape[:-1], -1))
-        return masked_softmax(scores, seen)
+        share = self.gates().to(position.dtype)
+        return {"content": (share, masked_softmax(scores, seen)), "position": (1 - share, position)}
 
     def _queries(self, x: Tensor, valid: Tensor | None, queries: Tensor | None) -> Tensor:
         """Scaled: [B, N, K, D]."""

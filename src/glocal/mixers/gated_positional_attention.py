@@ -21,7 +21,7 @@ class GatedPositionalAttention(TokenMixer):
     g = sigmoid(gating_param) for each head; r = (dx, dy, dx^2 + dy^2) of source minus query; u a row of
     `pos_proj` for each head. The positional part is a bell around one offset from the query where the weight of
     the squared distance is negative. Weights: [B, heads, N, N]: own for each image, head and query; dense. They
-    have no `scores`: no single softmax makes them.
+    have no `scores`: no single softmax makes them; `parts` are the two.
 
     Args:
         dim: channels C.
@@ -102,15 +102,10 @@ class GatedPositionalAttention(TokenMixer):
 
     def weights(self, x: Tensor, *, valid: Tensor | None = None, queries: Tensor | None = None) -> Aggregation:
         grid = tuple(x.shape[1:-1])
-        q, k = self._queries_and_keys(x)
-        q = q if queries is None else q[:, queries]
-        seen = None if valid is None else valid.flatten(1)[:, None, None]
-        content = masked_softmax(torch.einsum("bngd,bmgd->bgnm", q, k), seen)
-        position = masked_softmax(self._position_scores(grid, queries)[None], seen)
-        gate = self.gating_param.sigmoid()[:, None, None]
+        (one, content), (other, position) = self._of_both(x, valid, queries).values()
         places = grid_positions(grid, device=x.device)
         return Aggregation(
-            (1 - gate) * content + gate * position.to(content.dtype),
+            one[:, None, None] * content + other[:, None, None] * position,
             None,
             math.prod(grid),
             places if queries is None else places[queries],
@@ -118,6 +113,21 @@ class GatedPositionalAttention(TokenMixer):
             grid if queries is None else (len(queries),),
             grid,
         )
+
+    def parts(
+        self, x: Tensor, *, valid: Tensor | None = None, queries: Tensor | None = None
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        return self._of_both(x, valid, queries)
+
+    def _of_both(self, x: Tensor, valid: Tensor | None, queries: Tensor | None) -> dict[str, tuple[Tensor, Tensor]]:
+        """Shares and weights by content, [B, G, Q, N], and by position, [B|1, G, Q, N]."""
+        q, k = self._queries_and_keys(x)
+        q = q if queries is None else q[:, queries]
+        seen = None if valid is None else valid.flatten(1)[:, None, None]
+        content = masked_softmax(torch.einsum("bngd,bmgd->bgnm", q, k), seen)
+        position = masked_softmax(self._position_scores(tuple(x.shape[1:-1]), queries)[None], seen)
+        gate = self.gating_param.sigmoid()
+        return {"content": (1 - gate, content), "position": (gate, position.to(content.dtype))}
 
     def project(self, mixed: Tensor) -> Tensor:
         return self.proj(mixed)

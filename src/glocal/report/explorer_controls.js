@@ -101,7 +101,7 @@ function wire() {
   byId("thumbs").append(...thumbs);
   byId("thumbs").hidden = pictures.length < 2;
   const scored = layers.filter((layer) => layer.kind === "scores");
-  byId("terms").hidden = new Set(scored.flatMap((layer) => layer.terms)).size < 2;
+  byId("terms").hidden = new Set(layers.flatMap((layer) => layer.terms)).size < 2;
   byId("values").hidden = !scored.length;
   for (const name of new Set(layers.flatMap((layer) => Object.keys(layer.shares)))) {
     byId("measures").append(element("label", {}, element("input", { type: "radio", name: "measure", value: name }), element("span", {}, name)));

@@ -56,9 +56,20 @@ function levels(spread) {
   }
 }
 
+/* Weights that are a mixture of two, or one of these alone. */
+function mixed(layer, image, head, query) {
+  const content = layer.shares["content share"][head], both = state.terms === "both", out = new Float64Array(count(layer.sources));
+  [[layer.rows, both ? content : +(state.terms === layer.terms[0])], [layer.table, both ? 1 - content : +(state.terms === layer.terms[1])]].forEach(([part, share]) => {
+    const { codes, scales } = of(part, image), start = row(codes, head, query), unit = share * scales.values[row(scales, head, query)];
+    for (let k = 0; k < out.length; k++) out[k] += codes.values[start + k] * unit;
+  });
+  return out;
+}
+
 /* The slots of one row: Float64Array of what the switches ask for, NaN where the softmax does not run; null if the layer has no such term. */
 function slots(layer, image, head, query) {
   const rows = of(layer.rows, image), codes = rows.codes.values, scales = rows.scales.values;
+  if (layer.kind === "mixture") return mixed(layer, image, head, query);
   const entries = Math.max(rows.codes.shape[2], layer.table.length ? of(layer.table, image).codes.shape[2] : 0);
   const start = row(rows.codes, head, query), at = row(rows.scales, head, query), out = new Float64Array(entries);
   if (layer.kind !== "scores") {
