@@ -312,7 +312,15 @@ PADDED = [
 ]
 
 
-@pytest.mark.parametrize("options", [{}, {"conv": {"stride_in": "depthwise", "pool": "avg"}}, {"skip": False}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"conv": {"stride_in": "depthwise", "pool": "avg"}},
+        {"conv": {"stride_in": "pool", "se_early": True, "pre_activation": True}},
+        {"skip": False},
+    ],
+)
 @pytest.mark.parametrize("layout", PADDED)
 def test_padding_leaves_signals_alone_through_the_whole_network(layout, options):
     """Scores and features of every signal, forward and backward, as if it were alone."""

@@ -63,8 +63,10 @@ def test_mbconv_on_any_grid(make, grid):
 
 
 def test_mbconv_refuses():
-    with pytest.raises(ValueError, match="stride_in is 'dw'; it must be 'expand' or 'depthwise'"):
+    with pytest.raises(ValueError, match="stride_in is 'dw'; it must be 'expand', 'depthwise' or 'pool'"):
         MBConv(8, stride_in="dw")
+    with pytest.raises(ValueError, match="activation is 'relu'; it must be 'gelu' or 'silu'"):
+        MBConv(8, activation="relu")
     with pytest.raises(ValueError, match="kernel_size is 4; it must be odd"):
         MBConv(8, kernel_size=4)
     with pytest.raises(ValueError, match="pool is 'mean'; it must be 'max' or 'avg'"):

@@ -56,8 +56,8 @@ FAULTS = {
         ),
         (
             "channels of a head lie apart",
-            "self.out_dim).unflatten(-1, (self.num_heads, -1))",
-            "self.out_dim).unflatten(-1, (-1, self.num_heads)).transpose(-1, -2)",
+            "self._inner).unflatten(-1, (self.num_heads, -1))",
+            "self._inner).unflatten(-1, (-1, self.num_heads)).transpose(-1, -2)",
         ),
         ("keys are taken for values", "return self.heads(source, 2)", "return self.heads(source, 1)"),
     ),

@@ -282,17 +282,18 @@ class Stem(nn.Module):
     """CoAtNet's S0: 3x3 convolution with stride 2, BN, GELU, 3x3 convolution.
 
     Shape: [B, in_chans, H, W] -> [B, ceil(H / 2), ceil(W / 2), dim]; with rank 1 [B, in_chans, T] ->
-    [B, ceil(T / 2), dim], by kernels of height 1.
+    [B, ceil(T / 2), dim], by kernels of height 1. Between the convolutions are hidden_dim channels, dim by default.
     """
 
-    def __init__(self, in_chans: int, dim: int, rank: int = 2):
+    def __init__(self, in_chans: int, dim: int, rank: int = 2, *, hidden_dim: int | None = None):
         super().__init__()
         self.rank = rank
+        hidden = dim if hidden_dim is None else hidden_dim
         kernel, padding = (3, 1) if rank == 2 else ((1, 3), (0, 1))
-        self.conv1 = nn.Conv2d(in_chans, dim, kernel, stride=2, padding=padding, bias=False)
-        self.norm1 = nn.BatchNorm2d(dim, eps=1e-3, momentum=0.1)
-        self.act = nn.GELU()
-        self.conv2 = nn.Conv2d(dim, dim, kernel, padding=padding, bias=False)
+        self.conv1 = nn.Conv2d(in_chans, hidden, kernel, stride=2, padding=padding, bias=False)
+        self.norm1 = nn.BatchNorm2d(hidden, eps=1e-3, momentum=0.1)
+        self.act: nn.Module = nn.GELU()
+        self.conv2 = nn.Conv2d(hidden, dim, kernel, padding=padding, bias=False)
 
     def forward(self, x: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
         if x.ndim != self.rank + 2:

@@ -65,15 +65,15 @@ class Pool(nn.Module):
 
 
 class Shortcut(nn.Module):
-    """The skip path where a block changes its grid or width: Proj(Pool(x)), Proj a linear map with bias.
+    """The skip path where a block changes its grid or width: Proj(Pool(x)), Proj a linear map.
 
     The projection is left out where the width stays (as in timm). [B, *S, C] -> [B, *ceil(S / stride), out_dim].
     """
 
-    def __init__(self, dim: int, out_dim: int, stride: int, pool: Literal["max", "avg"] = "max"):
+    def __init__(self, dim: int, out_dim: int, stride: int, pool: Literal["max", "avg"] = "max", bias: bool = True):
         super().__init__()
         self.pool = Pool(stride, pool)
-        self.expand = nn.Linear(dim, out_dim) if dim != out_dim else nn.Identity()
+        self.expand = nn.Linear(dim, out_dim, bias=bias) if dim != out_dim else nn.Identity()
 
     def forward(self, x: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
         return self.expand(self.pool(x, valid))
@@ -160,6 +160,7 @@ class Block(nn.Module):
         skip: False leaves out both skip paths, the pooling and widening one too: Mixer(Norm(x)), then MLP(Norm(x)).
             No branch is dropped then, since nothing would be left.
         mlp: False leaves out the second half, with its norm.
+        bias: False: the shortcut has none.
 
     Shape: [B, *S, dim] -> [B, *ceil(S / stride), out_dim]; S = (T,) or (H, W).
 
@@ -184,6 +185,7 @@ class Block(nn.Module):
         layer_scale: float | None = None,
         skip: bool = True,
         mlp: bool = True,
+        bias: bool = True,
     ):
         super().__init__()
         out_dim = dim if out_dim is None else out_dim
@@ -192,14 +194,14 @@ class Block(nn.Module):
             raise ValueError(f"mixer_dim is {mixer_dim}; it must be dim ({dim}) or out_dim ({out_dim})")
         self.out_dim = out_dim
         self.stride = stride
-        self.shortcut = _shortcut(dim, out_dim, stride, pool) if skip else None
-        self.norm1 = nn.LayerNorm(dim)
+        self.shortcut = _shortcut(dim, out_dim, stride, pool, bias) if skip else None
+        self.norm1: nn.Module = nn.LayerNorm(dim)
         self.pool = Pool(stride, pool) if stride != 1 else nn.Identity()
         self.expand = nn.Linear(dim, mixer_dim) if mixer_dim != dim else nn.Identity()
         self.mixer = mixer
         self.ls1 = _layer_scale(out_dim, layer_scale)
         self.drop_path1 = _drop_path(drop_path, skip)
-        self.norm2 = nn.LayerNorm(out_dim) if mlp else None
+        self.norm2: nn.Module | None = nn.LayerNorm(out_dim) if mlp else None
         self.mlp = Mlp(out_dim, round(out_dim * mlp_ratio)) if mlp else None
         self.ls2 = _layer_scale(out_dim, layer_scale if mlp else None)
         self.drop_path2 = _drop_path(drop_path, skip)
@@ -223,21 +225,22 @@ class Block(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
-    """Channel gate: x * sigmoid(fc2(SiLU(fc1(mean of x over the grid)))), both maps with bias.
+    """Channel gate: x * sigmoid(fc2(SiLU(fc1(mean of x over the grid)))), both maps with bias; or ReLU for SiLU.
 
     Shape: [B, C, H, W] -> [B, C, H, W].
 
     Source: Hu, Shen, Sun, "Squeeze-and-Excitation Networks", CVPR 2018, arXiv 1709.01507; SiLU as in EfficientNet.
     """
 
-    def __init__(self, dim: int, hidden_dim: int):
+    def __init__(self, dim: int, hidden_dim: int, activation: Literal["silu", "relu"] = "silu"):
         super().__init__()
         self.fc1 = nn.Conv2d(dim, hidden_dim, 1)
+        self.act = nn.SiLU() if activation == "silu" else nn.ReLU()
         self.fc2 = nn.Conv2d(hidden_dim, dim, 1)
 
     def forward(self, x: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
         gate = x.mean((2, 3), keepdim=True) if valid is None else mean_of(x.movedim(1, -1), valid)[:, :, None, None]
-        return x * self.fc2(F.silu(self.fc1(gate))).sigmoid()
+        return x * self.fc2(self.act(self.fc1(gate))).sigmoid()
 
 
 class MBConv(nn.Module):
@@ -255,12 +258,19 @@ class MBConv(nn.Module):
         se_ratio: Squeeze width over `out_dim`.
         kernel_size: Of the depthwise convolution; odd.
         stride_in: Which convolution strides: "expand" is the paper's (first 1x1, "it drops three of four
-            tokens"), "depthwise" is timm's and the paper's table 9.
+            tokens"), "depthwise" is timm's and the paper's table 9; "pool": none, means of tokens do, before them.
         pool: The shortcut's pooling, "max" (paper) or "avg" (timm).
         drop_path: Rate of `DropPath` in the branch.
         layer_scale: Initial value of `LayerScale` in the branch; None: there is none.
         skip: False leaves out the skip path, the pooling and widening one too, and with it `drop_path`.
         rank: 2 for images, 1 for sequences.
+        activation: "gelu" (paper) or "silu".
+        pre_activation: True: it follows the pre-norm, too.
+        inner_dim: Inner width itself, in place of expand_ratio.
+        se_dim: Squeeze width itself, in place of se_ratio.
+        se_activation: "silu" or "relu".
+        se_early: True: squeeze-excite stands right behind the depthwise convolution.
+        bias: False: the last 1x1 and the shortcut have none.
 
     Shape: [B, *S, dim] -> [B, *ceil(S / stride), out_dim]; S = (H, W), or (T,) with rank 1.
 
@@ -278,33 +288,47 @@ class MBConv(nn.Module):
         expand_ratio: float = 4,
         se_ratio: float = 0.25,
         kernel_size: int = 3,
-        stride_in: Literal["expand", "depthwise"] = "expand",
+        stride_in: Literal["expand", "depthwise", "pool"] = "expand",
         pool: Literal["max", "avg"] = "max",
         drop_path: float = 0,
         layer_scale: float | None = None,
         skip: bool = True,
         rank: int = 2,
+        activation: Literal["gelu", "silu"] = "gelu",
+        pre_activation: bool = False,
+        inner_dim: int | None = None,
+        se_dim: int | None = None,
+        se_activation: Literal["silu", "relu"] = "silu",
+        se_early: bool = False,
+        bias: bool = True,
     ):
         super().__init__()
         out_dim = dim if out_dim is None else out_dim
-        if stride_in not in ("expand", "depthwise"):
-            raise ValueError(f"stride_in is {stride_in!r}; it must be 'expand' or 'depthwise'")
+        if stride_in not in ("expand", "depthwise", "pool"):
+            raise ValueError(f"stride_in is {stride_in!r}; it must be 'expand', 'depthwise' or 'pool'")
+        if activation not in ("gelu", "silu"):
+            raise ValueError(f"activation is {activation!r}; it must be 'gelu' or 'silu'")
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size is {kernel_size}; it must be odd, so that a token has a centre")
-        inner = round(out_dim * expand_ratio)
-        first, second = (stride, 1) if stride_in == "expand" else (1, stride)
+        inner = round(out_dim * expand_ratio) if inner_dim is None else inner_dim
+        before, first, second = (stride if stride_in == place else 1 for place in ("pool", "expand", "depthwise"))
         self.out_dim = out_dim
         self.stride, self._strides = stride, (first, second)
         self.rank = rank
-        self.shortcut = _shortcut(dim, out_dim, stride, pool) if skip else None
+        self.act = nn.GELU() if activation == "gelu" else nn.SiLU()
+        self.pre_activation = pre_activation
+        self.shortcut = _shortcut(dim, out_dim, stride, pool, bias) if skip else None
         self.pre_norm = _batch_norm(dim)
+        self.down = Pool(before, "avg") if before > 1 else None
         self.conv1_1x1 = nn.Conv2d(dim, inner, 1, stride=first, bias=False)
         self.norm1 = _batch_norm(inner)
         # A token mixer of ours, so that `inspect` shows what a convolution block reads.
         self.conv2_kxk = build("DepthwiseConv", inner, kernel_size=kernel_size, stride=second, bias=False, rank=rank)
+        squeeze = SqueezeExcite(inner, max(1, int(out_dim * se_ratio)) if se_dim is None else se_dim, se_activation)
+        self.se_early = squeeze if se_early else None
         self.norm2 = _batch_norm(inner)
-        self.se = SqueezeExcite(inner, max(1, int(out_dim * se_ratio)))
-        self.conv3_1x1 = nn.Conv2d(inner, out_dim, 1)
+        self.se = None if se_early else squeeze
+        self.conv3_1x1 = nn.Conv2d(inner, out_dim, 1, bias=bias)
         self.ls = _layer_scale(out_dim, layer_scale)
         self.drop_path = _drop_path(drop_path, skip)
 
@@ -313,12 +337,17 @@ class MBConv(nn.Module):
             raise ValueError(f"MBConv: x has shape {tuple(x.shape)}; a block of rank {self.rank} takes [B, *S, C]")
         skip = _skip(self.shortcut, x, valid)
         x = normed(self.pre_norm, _planes(x), valid)
+        x = self.act(x) if self.pre_activation else x
+        if self.down is not None:
+            x, valid = _planes(self.down(_tokens(x, self.rank), valid)), strided(valid, self.down.stride)
         valid = strided(valid, self._strides[0])
-        x = F.gelu(normed(self.norm1, self.conv1_1x1(x), valid))
+        x = self.act(normed(self.norm1, self.conv1_1x1(x), valid))
         x = _planes(self.conv2_kxk(_tokens(x, self.rank), valid=valid))
         valid = strided(valid, self._strides[1])
-        x = F.gelu(normed(self.norm2, x, valid))
-        x = self.conv3_1x1(self.se(x, None if valid is None else valid.view(len(x), *x.shape[2:])))
+        real = None if valid is None else valid.view(len(x), *x.shape[2:])
+        x = x if self.se_early is None else self.se_early(x, real)
+        x = self.act(normed(self.norm2, x, valid))
+        x = self.conv3_1x1(x if self.se is None else self.se(x, real))
         return _joined(skip, self.drop_path(self.ls(_tokens(x, self.rank))))
 
 
@@ -369,8 +398,8 @@ def _joined(skip: torch.Tensor | None, branch: torch.Tensor) -> torch.Tensor:
     return branch if skip is None else skip + branch
 
 
-def _shortcut(dim: int, out_dim: int, stride: int, pool: Literal["max", "avg"]) -> nn.Module:
-    return Shortcut(dim, out_dim, stride, pool) if stride != 1 or dim != out_dim else nn.Identity()
+def _shortcut(dim: int, out_dim: int, stride: int, pool: Literal["max", "avg"], bias: bool = True) -> nn.Module:
+    return Shortcut(dim, out_dim, stride, pool, bias) if stride != 1 or dim != out_dim else nn.Identity()
 
 
 def _layer_scale(dim: int, init: float | None) -> nn.Module:

@@ -51,6 +51,30 @@ def test_is_timms_channels_last_attention(build, check, tokens, grid, arguments)
     check(mixer, oracle, tokens(2, *grid, DIM))
 
 
+@pytest.mark.parametrize(("grid", "out_dim"), [((4, 4), 24), ((3, 5), 12), ((2, 3), DIM)])
+def test_is_timms_attention_that_widens_in_its_last_map(build, check, tokens, grid, out_dim):
+    mixer = build(spec_of(grid, out_dim=out_dim, inner_dim=DIM), DIM)
+    attention = Attention2d(
+        DIM,
+        out_dim,
+        dim_head=4,
+        expand_first=False,
+        head_first=False,
+        rel_pos_cls=partial(RelPosBias, window_size=grid),
+    ).double()
+
+    def oracle(x):
+        weights = {k: v[..., None, None] if "weight" in k else v for k, v in mixer.named_parameters()}
+        table = weights.pop("relative_position_bias_table")
+        weights["rel_pos.relative_position_bias_table"] = table.flatten(1).T
+        return functional_call(attention, weights, x.movedim(-1, 1)).movedim(1, -1)
+
+    check(mixer, oracle, tokens(2, *grid, DIM))
+    assert mixer.macs(grid) == (n := grid[0] * grid[1]) * (3 * DIM * DIM + DIM * out_dim) + 2 * n * n * DIM
+    again = glocal.build(repr(mixer), DIM)
+    assert {k: p.shape for k, p in again.named_parameters()} == {k: p.shape for k, p in mixer.named_parameters()}
+
+
 def resized(table, grid):
     """Bilinear to 2n - 1 entries an axis, by hand: centres of pixels at halves, the border pixel repeated."""
     for axis, n in enumerate(grid, start=1):
@@ -237,6 +261,12 @@ FAULTS = (
         "weights = weights if seen is None else weights * seen",
         "pass",
     ),
+    (
+        "the products with keys and values cost as many channels as go out",
+        "n * n * self._inner",
+        "n * n * self.out_dim",
+    ),
+    ("q, k and v have the channels that go out", "inner_dim=inner_dim,", "inner_dim=None,"),
     ("the fast path lets padding into the softmax", "grid, valid=sources)", "grid)"),
     ("the fast path forgets the bias after the softmax", "mixed = mixed + torch.einsum", "torch.einsum"),
     (

@@ -26,15 +26,17 @@ class Attention(TokenMixer):
         head_dim: int | None,
         qkv_bias: bool,
         out_dim: int | None = None,
+        inner_dim: int | None = None,
         rank: int | None = None,
     ) -> None:
         super().__init__(dim, rank=rank)
         self.out_dim = dim if out_dim is None else positive("out_dim", out_dim)
-        self.num_heads = resolve_heads(self.out_dim, num_heads, head_dim)
+        self._inner = self.out_dim if inner_dim is None else positive("inner_dim", inner_dim)
+        self.num_heads = resolve_heads(self._inner, num_heads, head_dim)
         self.qkv_bias = flag("qkv_bias", qkv_bias)
-        self.scale = (self.out_dim // self.num_heads) ** -0.5
-        self.qkv = nn.Linear(dim, 3 * self.out_dim, bias=qkv_bias)
-        self.proj = nn.Linear(self.out_dim, self.out_dim)
+        self.scale = (self._inner // self.num_heads) ** -0.5
+        self.qkv = nn.Linear(dim, 3 * self._inner, bias=qkv_bias)
+        self.proj = nn.Linear(self._inner, self.out_dim)
 
     def values(self, source: Tensor) -> Tensor:
         return self.heads(source, 2)
@@ -44,11 +46,11 @@ class Attention(TokenMixer):
 
     def heads(self, tokens: Tensor, part: int) -> Tensor:
         """Queries (part 0, scaled), keys (1) or values (2) of tokens [B, *S, C]: [B, N, G, D]."""
-        out = part_of(self.qkv, tokens.flatten(1, -2), part, self.out_dim).unflatten(-1, (self.num_heads, -1))
+        out = part_of(self.qkv, tokens.flatten(1, -2), part, self._inner).unflatten(-1, (self.num_heads, -1))
         return out * self.scale if part == 0 else out
 
     def _projection_macs(self, tokens: int) -> int:
-        return tokens * (3 * self.dim * self.out_dim + self.out_dim * self.out_dim)
+        return tokens * self._inner * (3 * self.dim + self.out_dim)
 
 
 def part_of(projection: nn.Module, tokens: Tensor, part: int, size: int) -> Tensor:

@@ -30,7 +30,8 @@ class RelativeAttention(Attention):
         dim: channels C.
         grid_size: the grid that the table is made for; its length is the rank.
         num_heads, head_dim: one of them; head_dim 32 where neither is given.
-        out_dim: channels of q, k, v and the output; dim by default.
+        out_dim: channels of the output; dim by default.
+        inner_dim: channels of q, k and v each; out_dim by default.
         qkv_bias: whether q, k and v have biases.
         position_bias: whether P is there; without it this is `SelfAttention`.
         after_softmax: A = softmax(q k^T / sqrt(D)) + P, the paper's "post" variant.
@@ -39,7 +40,7 @@ class RelativeAttention(Attention):
         x [B, *S, C] -> [B, *S, out_dim], any S. `relative_position_bias_table` [heads, *(2*grid_size - 1)], entry
         query - source + grid_size - 1 along each axis; at another size the table is resized linearly to 2*S - 1.
 
-    Cost: N*C*3*out_dim + 2*N^2*out_dim + N*out_dim^2 multiply-adds; the resize is not counted.
+    Cost: N*C*3*inner_dim + 2*N^2*inner_dim + N*inner_dim*out_dim multiply-adds; the resize is not counted.
 
     Raises:
         ValueError: heads that do not divide the channels.
@@ -64,6 +65,7 @@ class RelativeAttention(Attention):
         num_heads: int | None = None,
         head_dim: int | None = None,
         out_dim: int | None = None,
+        inner_dim: int | None = None,
         qkv_bias: bool = True,
         position_bias: bool = True,
         after_softmax: bool = False,
@@ -74,8 +76,15 @@ class RelativeAttention(Attention):
             )
         grid_size = tuple(grid_size)
         super().__init__(
-            dim, num_heads=num_heads, head_dim=head_dim, out_dim=out_dim, qkv_bias=qkv_bias, rank=len(grid_size)
+            dim,
+            num_heads=num_heads,
+            head_dim=head_dim,
+            out_dim=out_dim,
+            inner_dim=inner_dim,
+            qkv_bias=qkv_bias,
+            rank=len(grid_size),
         )
+        self.inner_dim = inner_dim
         self.grid_size = per_axis("grid_size", grid_size, len(grid_size))
         self.after_softmax = flag("after_softmax", after_softmax)
         self.position_bias = flag("position_bias", position_bias)
@@ -121,7 +130,7 @@ class RelativeAttention(Attention):
 
     def macs(self, grid: Sequence[int]) -> int:
         n = math.prod(grid)
-        return self._projection_macs(n) + 2 * n * n * self.out_dim
+        return self._projection_macs(n) + 2 * n * n * self._inner
 
     def _content(self, x: Tensor, queries: Tensor | None) -> Tensor:
         q = self.heads(x, 0)

@@ -14,13 +14,14 @@ from typing import Any, Literal
 from torch import nn
 
 from glocal.arguments import flag
-from glocal.models import all_attention, coatnet, dwnet, focal, lesa, resnet, swin, vit, volo
+from glocal.models import all_attention, coatnet, coatnet_rw, dwnet, focal, lesa, resnet, swin, vit, volo
 from glocal.models.classifier import Classifier, FeatureMaps
 from glocal.spec import name_and_literals, nearest
 
 _MODELS: dict[str, Callable[..., Classifier]] = {
     **all_attention.MODELS,
     **coatnet.MODELS,
+    **coatnet_rw.MODELS,
     **dwnet.MODELS,
     **focal.MODELS,
     **lesa.MODELS,

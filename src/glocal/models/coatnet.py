@@ -15,13 +15,89 @@ from glocal.arguments import flag, one_of, per_axis, positive
 from glocal.backbone import Stem
 from glocal.blocks import Block, MBConv
 from glocal.models.classifier import Blocks, Classifier, drop_path_rates, linear_or_none, per_stage
-from glocal.models.parts import PatchEmbed
+from glocal.models.parts import PatchEmbed, TokenBatchNorm
 from glocal.spec import build
 
-_EPS = {nn.BatchNorm2d: 1e-5, nn.LayerNorm: 1e-6}  # of timm's networks
+_EPS = {nn.BatchNorm2d: 1e-5, nn.LayerNorm: 1e-6, TokenBatchNorm: 1e-6}  # of timm's networks
 
 
-class CoAtNet(Classifier):
+class Hybrid(Classifier):
+    """CoAtNet's skeleton: stem, stages of blocks of which the first is coarser and wider, norm, mean, linear map.
+
+    Args:
+        stem: images -> tokens [B, h, w, stem_dim].
+        block: a stage's letter, the channels that come in, the grid that goes out, and out_dim, stride and drop_path
+            by name -> tokens to tokens.
+        num_classes, in_chans, img_size: see `CoAtNet`.
+        stem_dim: channels that the stem gives.
+        reduction: pixels along a side of the stem's tokens.
+        layout, dims, depths, strides, drop_path_rate: see `CoAtNet`.
+        norm: the last norm; with a hidden head it stands behind the mean.
+        hidden_head: see `CoAtNet`.
+    """
+
+    classifiers = ("head.fc",)
+
+    def __init__(
+        self,
+        stem: nn.Module,
+        block: Callable[..., nn.Module],
+        *,
+        num_classes: int,
+        in_chans: int,
+        img_size: int | Sequence[int],
+        stem_dim: int,
+        reduction: int,
+        layout: str,
+        dims: Sequence[int],
+        depths: Sequence[int],
+        strides: Sequence[int] | None,
+        norm: Callable[[int], nn.Module],
+        hidden_head: bool,
+        drop_path_rate: float,
+    ) -> None:
+        letters = _letters(layout)
+        dims = per_stage("dims", dims, len(letters))
+        depths = per_stage("depths", depths, len(letters))
+        strides = (2,) * len(letters) if strides is None else per_stage("strides", strides, len(letters))
+        super().__init__(in_chans=in_chans, num_classes=num_classes, num_features=dims[-1])
+        grid = tuple(-(-n // reduction) for n in per_axis("img_size", img_size, 2))
+        rates = drop_path_rates(drop_path_rate, depths)
+        dim, layers = stem_dim, [stem]
+        self.feature_info.append({"num_chs": dim, "reduction": reduction, "module": "layers.0"})
+        for i, letter in enumerate(letters):
+            grid, reduction = tuple(-(-n // strides[i]) for n in grid), reduction * strides[i]
+            blocks = []
+            for j in range(depths[i]):
+                stride = 1 if j else strides[i]
+                blocks.append(block(letter, dim, grid, out_dim=dims[i], stride=stride, drop_path=next(rates)))
+                dim = dims[i]
+            layers.append(Blocks(*blocks))
+            self.feature_info.append({"num_chs": dim, "reduction": reduction, "module": f"layers.{i + 1}"})
+        self.layers = nn.ModuleList(layers)
+        head = {"norm": nn.Identity(), "pre_logits": nn.Identity(), "fc": linear_or_none(dim, num_classes)}
+        if flag("hidden_head", hidden_head):
+            head["norm"] = norm(dim)
+            head["pre_logits"] = nn.Sequential(OrderedDict(fc=nn.Linear(dim, dim), act=nn.Tanh()))
+        self.norm = nn.Identity() if hidden_head else norm(dim)
+        self.head = nn.Sequential(OrderedDict(head))
+        _start(self)
+
+    def stem(self, x: Tensor) -> Tensor:
+        """Images as they are: that the stem gives a map, too, makes it the first of the layers."""
+        return x
+
+    def stages(self) -> Sequence[nn.Module]:
+        return list(self.layers)
+
+    def finish(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+    def pool(self, x: Tensor) -> Tensor:
+        return self.head[:2](super().pool(x))
+
+
+class CoAtNet(Hybrid):
     """CoAtNet: images [B, in_chans, H, W] -> scores [B, num_classes] by convolution first, relative attention later.
 
     Args:
@@ -62,8 +138,6 @@ class CoAtNet(Classifier):
         multiply-adds within 2 % of each other.
     """
 
-    classifiers = ("head.fc",)
-
     def __init__(
         self,
         *,
@@ -82,61 +156,38 @@ class CoAtNet(Classifier):
         hidden_head: bool = True,
         drop_path_rate: float = 0,
     ) -> None:
-        letters = _letters(layout)
-        dims = per_stage("dims", dims, len(letters))
-        depths = per_stage("depths", depths, len(letters))
-        strides = (2,) * len(letters) if strides is None else per_stage("strides", strides, len(letters))
         one_of("stride_in", stride_in, ("depthwise", "expand"))
         one_of("pool", pool, ("avg", "max"))
-        super().__init__(in_chans=in_chans, num_classes=num_classes, num_features=dims[-1])
-        dim = positive("stem_dim", stem_dim)
-        reduction = 2 if patch_size is None else positive("patch_size", patch_size)
-        stem = Stem(in_chans, dim) if patch_size is None else PatchEmbed(in_chans, dim, patch_size, norm=False)
-        layers: list[nn.Module] = [stem]
-        grid = tuple(-(-n // reduction) for n in per_axis("img_size", img_size, 2))
-        rates = drop_path_rates(drop_path_rate, depths)
-        self.feature_info.append({"num_chs": dim, "reduction": reduction, "module": "layers.0"})
-        for i, letter in enumerate(letters):
-            grid, reduction = tuple(-(-n // strides[i]) for n in grid), reduction * strides[i]
-            blocks: list[nn.Module] = []
-            for j in range(depths[i]):
-                place: dict[str, Any] = {
-                    "out_dim": dims[i], "stride": 1 if j else strides[i], "pool": pool, "drop_path": next(rates)
-                }  # fmt: skip
-                if letter == "C":
-                    blocks.append(MBConv(dim, stride_in=stride_in, **place))
-                else:
-                    attention = build("RelativeAttention", dim, grid_size=grid, head_dim=head_dim, out_dim=dims[i])
-                    blocks.append(Block(dim, attention, **place))
-                dim = dims[i]
-            layers.append(Blocks(*blocks))
-            self.feature_info.append({"num_chs": dim, "reduction": reduction, "module": f"layers.{i + 1}"})
-        self.layers = nn.ModuleList(layers)
-        hidden = flag("hidden_head", hidden_head)
-        self.norm = nn.Identity() if hidden else nn.LayerNorm(dim)
-        self.head = nn.Sequential(
-            OrderedDict(
-                norm=nn.LayerNorm(dim) if hidden else nn.Identity(),
-                pre_logits=nn.Sequential(OrderedDict(fc=nn.Linear(dim, dim), act=nn.Tanh()))
-                if hidden
-                else nn.Identity(),
-                fc=linear_or_none(dim, num_classes),
-            )
+        positive("stem_dim", stem_dim)
+        stem: nn.Module
+        if patch_size is None:
+            stem, reduction = Stem(in_chans, stem_dim), 2
+        else:
+            reduction = positive("patch_size", patch_size)
+            stem = PatchEmbed(in_chans, stem_dim, patch_size, norm=False)
+
+        def block(letter: str, dim: int, grid: tuple[int, ...], out_dim: int, **place: Any) -> nn.Module:
+            if letter == "C":
+                return MBConv(dim, out_dim, stride_in=stride_in, pool=pool, **place)
+            attention = build("RelativeAttention", dim, grid_size=grid, head_dim=head_dim, out_dim=out_dim)
+            return Block(dim, attention, out_dim=out_dim, pool=pool, **place)
+
+        super().__init__(
+            stem,
+            block,
+            num_classes=num_classes,
+            in_chans=in_chans,
+            img_size=img_size,
+            stem_dim=stem_dim,
+            reduction=reduction,
+            layout=layout,
+            dims=dims,
+            depths=depths,
+            strides=strides,
+            norm=nn.LayerNorm,
+            hidden_head=hidden_head,
+            drop_path_rate=drop_path_rate,
         )
-        _start(self)
-
-    def stem(self, x: Tensor) -> Tensor:
-        """Images as they are: that the stem gives a map, too, makes it the first of the layers."""
-        return x
-
-    def stages(self) -> Sequence[nn.Module]:
-        return list(self.layers)
-
-    def finish(self, x: Tensor) -> Tensor:
-        return self.norm(x)
-
-    def pool(self, x: Tensor) -> Tensor:
-        return self.head[:2](super().pool(x))
 
 
 def _letters(layout: str) -> tuple[str, ...]:

@@ -13,15 +13,8 @@ from torch import Tensor, nn
 from glocal.arguments import one_of, per_axis, positive
 from glocal.blocks import DropPath, Mlp
 from glocal.models.classifier import Classifier, mlp_width, per_stage
-from glocal.models.parts import PreNormBlock, Pyramid
+from glocal.models.parts import PreNormBlock, Pyramid, TokenBatchNorm
 from glocal.spec import build
-
-
-class TokenBatchNorm(nn.BatchNorm2d):
-    """Batch norm of every channel: [B, H, W, C] -> [B, H, W, C], parameters and buffers of torch.nn.BatchNorm2d."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.movedim(-1, 1)).movedim(1, -1)
 
 
 class BatchNormBlock(nn.Module):

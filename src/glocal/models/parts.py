@@ -71,6 +71,13 @@ class PatchMerging(nn.Module):
         return self.reduction(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))
 
 
+class TokenBatchNorm(nn.BatchNorm2d):
+    """Batch norm of every channel: [B, H, W, C] -> [B, H, W, C], parameters and buffers of torch.nn.BatchNorm2d."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(-1, 1)).movedim(1, -1)
+
+
 class PreNormBlock(nn.Module):
     """Pre-norm block: x + Attn(Norm(x)), then x + MLP(Norm(x)).
 
