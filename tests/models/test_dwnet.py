@@ -17,7 +17,6 @@ SMALL = {"dims": DIMS, "depths": DEPTHS, "num_classes": CLASSES}
 
 FAULTS = {
     "models/dwnet.py": (
-        ("batch norm runs over rows", "super().forward(x.movedim(-1, 1)).movedim(1, -1)", "super().forward(x.mT).mT"),
         ("there is no norm behind the first map", "bn1=TokenBatchNorm(dim),", "bn1=nn.Identity(),"),
         ("nothing is cut off before the mixer", "act1=nn.ReLU(),", "act1=nn.Identity(),"),
         ("nothing is cut off behind the mixer", "act2=nn.ReLU(),", "act2=nn.GELU(),"),
@@ -37,6 +36,9 @@ FAULTS = {
         ("groups are not asked for", "**windows, **groups)", "**windows)"),
         ("groups are dropped in silence", "if groups and not", "if False and not"),
         ("local MLP has the wrong block", '"LocalMLP", **_TINY, block="pre_ln")', '"LocalMLP", **_TINY)'),
+    ),
+    "models/parts.py": (
+        ("batch norm runs over rows", "super().forward(x.movedim(-1, 1)).movedim(1, -1)", "super().forward(x.mT).mT"),
     ),
     "models/keys/dwnet.py": (
         ("merging stays where it was", 'f"layers.{i + 1}.downsample")', 'f"layers.{i}.downsample")'),
