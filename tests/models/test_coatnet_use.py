@@ -10,6 +10,20 @@ from glocal.blocks import DropPath
 TINY = {"dims": (8, 8, 16, 16), "depths": (1, 1, 2, 1), "stem_dim": 8, "head_dim": 8, "num_classes": 3, "img_size": 64}
 TABLES = ["layers.3.0.mixer", "layers.3.1.mixer", "layers.4.0.mixer"]
 
+FAULTS = {
+    "models/coatnet.py": (
+        ("no block is ever skipped", "drop_path=next(rates)", "drop_path=0 * next(rates)"),
+        ("weights begin as PyTorch's", "        if parameter.dim() > 1:", "        if False:"),
+        ("biases begin as PyTorch's", 'elif name.endswith("bias")', "elif False"),
+        ("any letter is attention", 'not {*letters} <= {"C", "T"}', "False"),
+        ("strides count from the image", '"reduction": reduction, "module": f"l', '"reduction": 2, "module": f"l'),
+        ("a hidden head is linear", "act=nn.Tanh()", "act=nn.Identity()"),
+        ("patches are as large as the stem's", 'reduction = positive("patch_size", patch_size)', "reduction = 2"),
+        ("the stem's stride is not told", 'reduction, "module": "layers.0"', '1, "module": "layers.0"'),
+        ("the last grid is cut off", "-(-n // strides[i]) for n in grid", "n // strides[i] for n in grid"),
+    ),
+}  # fmt: skip
+
 
 @pytest.mark.parametrize("stride_in", ["depthwise", "expand"])
 @pytest.mark.parametrize("size", [(200, 312), (224, 160), (97, 131), (448, 448), (1, 1), (3, 70)])
