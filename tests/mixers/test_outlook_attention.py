@@ -12,29 +12,68 @@ import glocal
 
 HEADS, DIM = 2, 8
 
-FAULTS = (
-    ("the windows are averaged where they overlap", "return self.proj(back(", "return 0.5 * self.proj(back("),
-    ("the scores are not scaled", "(self.attn(mean) * self.scale)", "self.attn(mean)"),
-    (
-        "the softmax goes over the outputs of a window",
-        "weights = logits.softmax(-1) * there",
-        "weights = logits.softmax(-2) * there",
+FAULTS = {
+    "mixers/outlook_attention.py": (
+        ("the windows are averaged where they overlap", "return self.proj(nn", "return 0.5 * self.proj(nn"),
+        ("the scores are not scaled", "(self.attn(mean) * self.scale)", "self.attn(mean)"),
+        (
+            "the softmax goes over the outputs of a window",
+            "logits.flatten(2, 3).transpose(2, 3).softmax(2)",
+            "logits.transpose(3, 4).flatten(2, 3).transpose(2, 3).softmax(2)",
+        ),
+        (
+            "with padding it goes over the outputs",
+            "return logits.softmax(-1) * there",
+            "return logits.softmax(-2) * there",
+        ),
+        (
+            "the definition's goes over the outputs",
+            "logits.softmax(-1) * there, window",
+            "logits.softmax(-2) * there, window",
+        ),
+        (
+            "a token's place in its window is mirrored",
+            "place = token // self.stride - back_by, token % self.stride + back_by * self.stride",
+            "place = token // self.stride - back_by, kernel - 1 - token % self.stride - back_by * self.stride",
+        ),
+        ("the mean counts places outside", "/ count.clamp(min=1)", "/ torch.full_like(count, block.shape[-1])"),
+        ("what hangs over the border is left out", ", ceil_mode=True), rank)", ", ceil_mode=False), rank)"),
+        (
+            "sequences are pooled as images",
+            "(self.stride if rank == 2 else 1, self.stride)",
+            "(self.stride, self.stride)",
+        ),
+        ("windows begin at the first token", "            (p, (w - 1)", "            (0, (w - 1)"),
+        (
+            "a window beyond an image's own end still writes",
+            "(count > 0).to(logits.dtype)",
+            "(count >= 0).to(logits.dtype)",
+        ),
+        ("padding is averaged in", "tokens.masked_fill(~real[..., None], 0)", "tokens"),
+        (
+            "the last window is missing",
+            "(window < (n + self.stride - 1) // self.stride)",
+            "(window < n // self.stride)",
+        ),
+        ("blocks cut from padding's start are taken", "extents(valid)  #", "pass  #"),
     ),
-    (
-        "a token's place in its window is mirrored",
-        "place = token // self.stride - back_by, token % self.stride + back_by * self.stride",
-        "place = token // self.stride - back_by, kernel - 1 - token % self.stride - back_by * self.stride",
+    "mixers/_overlap.py": (
+        ("rows and columns of a window change places", "torch.stack(places, -2)", "torch.stack(places[::-1], -2)"),
+        ("a window has one token less", "(n - k) // stride + 1", "(n - k) // stride"),
+        ("a token gets its last window alone", "out[under] += places", "out[under] = places"),
+        ("windows are side by side", "slice(p, p + stride * (n - 1) + 1, stride)", "slice(p, p + n, 1)"),
+        (
+            "derivatives of sums are of wider windows",
+            "ctx.kernel, ctx.stride = windows.shape[rank + 2 : -1]",
+            "ctx.kernel, ctx.stride = windows.shape[rank + 1 : -2]",
+        ),
+        (
+            "derivatives of windows lie side by side",
+            "ctx.grid, ctx.stride = tokens.shape[1:-2], stride",
+            "ctx.grid, ctx.stride = tokens.shape[1:-2], 1",
+        ),
     ),
-    ("the mean counts places outside", "/ count.clamp(min=1)", "/ torch.full_like(count, block.shape[-1])"),
-    (
-        "a window beyond an image's own end still writes",
-        "(count > 0).to(logits.dtype)",
-        "(count >= 0).to(logits.dtype)",
-    ),
-    ("padding is averaged in", "tokens.masked_fill(~real[..., None], 0)", "tokens"),
-    ("the last window is missing", "(window < (n + self.stride - 1) // self.stride)", "(window < n // self.stride)"),
-    ("blocks cut from padding's start are taken", "extents(valid)  #", "pass  #"),
-)
+}
 
 
 def spec_of(**arguments):

@@ -11,6 +11,7 @@ from glocal.arguments import extents, flag, per_axis, positive, resolve_heads
 from glocal.mixer import TokenMixer
 from glocal.mixers._grid import centre_padding, join, kernel_index, pick_or_zero
 from glocal.mixers._library import back, images, out_lengths
+from glocal.mixers._overlap import added, cut
 
 # Shape letters: B batch, N tokens, W windows, P places of a window, J windows over a token, G heads.
 
@@ -117,30 +118,42 @@ class OutlookAttention(TokenMixer):
         return self.proj(mixed)
 
     def fast(self, x: Tensor, values: Tensor, *, valid: Tensor | None = None) -> Tensor:
-        logits, there = self._outlook(x, valid)
-        weights = logits.softmax(-1) * there
-        grid, windows = x.shape[1:-1], out_lengths(x.shape[1:-1], self.stride)
-        # zeros at both ends, so that unfolding gives just the windows; fewer than none cut off what no window covers
+        grid, rank = x.shape[1:-1], len(self._kernel)
+        # zeros at both ends, so that cutting gives just the windows; fewer than none cut off what no window covers
         ends = [
             (p, (w - 1) * self.stride + k - p - n)
-            for n, w, k, p in zip(grid, windows, self._kernel, self._left, strict=True)
+            for n, w, k, p in zip(grid, out_lengths(grid, self.stride), self._kernel, self._left, strict=True)
         ]
-        padding = [end for axis in reversed(ends) for end in axis]
-        kernel, stride = self._kernel, (self.stride,) * len(grid)
-        if self.rank == 1:
-            kernel, stride = (1, *kernel), (1, *stride)
-        planes = nn.functional.pad(images(values.reshape(x.shape)), padding)
-        unfolded = nn.functional.unfold(planes, kernel, stride=stride)  # [B, C*P, W]
-        unfolded = unfolded.unflatten(1, (self.num_heads, self.dim // self.num_heads, self._places))
-        mixed = torch.einsum("bwgas,bgdsw->bgdaw", weights.to(values.dtype), unfolded).flatten(1, 3)
-        added = nn.functional.fold(mixed, planes.shape[2:], kernel, stride=stride)
-        return self.proj(back(nn.functional.pad(added, [-end for end in padding]), len(grid)))
+        padding = [0, 0, 0, 0, *(end for axis in reversed(ends) for end in axis)]
+        padded = nn.functional.pad(values.unflatten(1, grid), padding)
+        windows = cut(padded, self._kernel, self.stride)  # [B, *W, G, *K, D]
+        shares = self._shares(x, valid).to(values.dtype).flatten(0, 2)
+        mixed = torch.bmm(shares, windows.reshape(shares.shape[0], self._places, values.shape[-1])).view(windows.shape)
+        out = added(mixed, padded.shape[1 : rank + 1], self.stride)
+        return self.proj(nn.functional.pad(out, [-end for end in padding]).flatten(-2))
 
     def macs(self, grid: Sequence[int]) -> int:
         n, windows = math.prod(grid), math.prod(out_lengths(grid, self.stride))
         slots = self._places * math.prod((k + self.stride - 1) // self.stride for k in self._kernel)
         summed = slots if slots > 1 else 0  # one product is no sum
         return 2 * n * self.dim**2 + windows * self.dim * self.num_heads * self._places**2 + n * summed * self.dim
+
+    def _shares(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        """[B, W, G, P, P] weights of each window, without an index table where all tokens are real."""
+        if valid is not None:
+            logits, there = self._outlook(x, valid)
+            return logits.softmax(-1) * there
+        mean, rank = x, len(self._kernel)
+        if self.stride > 1:
+            window = (self.stride if rank == 2 else 1, self.stride)
+            mean = back(nn.functional.avg_pool2d(images(x), window, ceil_mode=True), rank)
+        logits = self._logits(mean.flatten(1, -2))
+        # over its last axis, of few entries, PyTorch's softmax takes ten times as long
+        return logits.flatten(2, 3).transpose(2, 3).softmax(2).transpose(2, 3).unflatten(2, logits.shape[2:4])
+
+    def _logits(self, mean: Tensor) -> Tensor:
+        """[B, W, C] -> [B, W, G, P, P] scores."""
+        return (self.attn(mean) * self.scale).unflatten(-1, (self.num_heads, self._places, self._places))
 
     def _outlook(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
         """[B, W, G, P, P] scores of each window, and whether it is there, [B|1, W, 1, 1, 1] of 0 and 1."""
@@ -155,7 +168,7 @@ class OutlookAttention(TokenMixer):
             counted, tokens = pick_or_zero(real, block), tokens.masked_fill(~real[..., None], 0)
         count = counted.sum(-1)
         mean = pick_or_zero(tokens, block).sum(2) / count.clamp(min=1)[..., None].to(x.dtype)
-        logits = (self.attn(mean) * self.scale).unflatten(-1, (self.num_heads, self._places, self._places))
+        logits = self._logits(mean)
         return logits, (count > 0).to(logits.dtype)[..., None, None, None]
 
     def _covering(self, grid: Sequence[int], queries: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
