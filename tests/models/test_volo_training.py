@@ -16,6 +16,8 @@ FAULTS = {
         ("tokens are not mixed", "x = mixed(x, (2 * top", "x = mixed(x, (2 * bottom"),
         ("scores stay with the other image", "mixed(tokens, box).flatten(1, 2)", "tokens.flatten(1, 2)"),
         ("evaluation mixes too", "drawn_box(h, w) if self.training else (0, 0, 0, 0)", "drawn_box(h, w)"),
+        ("a box of three is a traceback", "if len(box) != 4 or not all", "if not all"),
+        ("halves of tokens are mixed", "or not all(isinstance(n, int) for n in box):", "or False:"),
         ("a box may lie outside", "if not (0 <= top <= bottom <= h and 0 <= left <= right <= w):", "if False:"),
         ("images are not those of the batch in reverse", "x.flip(0)[:, top:bottom", "x.roll(1, 0)[:, top:bottom"),
         ("the batch itself changes", "out = x.clone()", "out = x"),
@@ -118,6 +120,9 @@ def test_boxes():
 def test_boxes_that_are_refused(box):
     with pytest.raises(ValueError, match=r"^box: \(.*\), must be \(first row, first column, end, end\) on 4 x 6 tok"):
         small().forward_train(torch.zeros(2, 3, 64, 96).double(), box=box)
+    for none in (box[:3], (*box[:3], 0.5)):
+        with pytest.raises(ValueError, match=r"^box: .*, must be four whole numbers"):
+            small().forward_train(torch.zeros(2, 3, 64, 96).double(), box=none)
     with pytest.raises(ValueError, match=r"this network takes images"):
         small().forward_train(torch.zeros(2, 1, 64, 96).double())
 

@@ -229,12 +229,14 @@ class VOLO(Classifier):
                 empty.
 
         Raises:
-            ValueError: a box that does not lie on the tokens.
+            ValueError: a box that is none, or that does not lie on the tokens; no batch of images.
         """
         x = self.stem(self._images(x))
         h, w = ((n + 1) // 2 for n in x.shape[1:3])
         if box is None:
             box = drawn_box(h, w) if self.training else (0, 0, 0, 0)
+        if len(box) != 4 or not all(isinstance(n, int) for n in box):
+            raise ValueError(f"box: {box}, must be four whole numbers: first row, first column, end, end")
         top, left, bottom, right = box
         if not (0 <= top <= bottom <= h and 0 <= left <= right <= w):
             raise ValueError(f"box: {box}, must be (first row, first column, end, end) on {h} x {w} tokens")
