@@ -330,6 +330,8 @@ class Named(nn.Conv2d):
         (lambda: forwarded(nn.Conv2d(3, 3, 2)), "Conv2d computes in a way of its own"),
         (lambda: nn.Conv2d(3, 3, 2, dtype=torch.complex64), "has weights of torch.complex64"),
         (lambda: glocal.build("DepthwiseConv(causal=True, rank=1)", 3), "DepthwiseConv is causal"),
+        (lambda: glocal.build("DepthwiseConv(num_groups=2)", 4), "DepthwiseConv shares kernels between channels"),
+        (lambda: glocal.build("DepthwiseConv(kernel_size=(3, 4))", 3), "DepthwiseConv has an even kernel"),
     ],
 )
 def test_what_cannot_be_converted_is_refused_by_name(part, words):

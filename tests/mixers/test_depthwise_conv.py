@@ -17,22 +17,31 @@ CASES = [  # arguments, grid; 5 channels
     ({"kernel_size": 5, "stride": 3}, (1, 8)),
     ({"rank": 1}, (12,)),
     ({"rank": 1, "kernel_size": 3, "stride": 2, "dilation": 2}, (7,)),
+    ({"kernel_size": 4}, (6, 5)),
+    ({"kernel_size": (2, 12), "bias": False}, (3, 7)),
+    ({"kernel_size": (5, 8), "stride": 2}, (6, 9)),
+    ({"rank": 1, "kernel_size": 4, "stride": 3}, (8,)),
 ]
 
 
 def torch_convolution(*, kernel_size=7, stride=1, dilation=1, bias=True, rank=2):
     """Also the state dict's names and shapes: functional_call refuses others."""
     kernel = (kernel_size,) * rank if isinstance(kernel_size, int) else kernel_size
-    padding = tuple(dilation * (k - 1) // 2 for k in kernel)
+    odd = all(k % 2 for k in kernel)
+    padding = tuple(dilation * (k - 1) // 2 for k in kernel) if odd else "same"  # torch's name for even ones
     conv = (nn.Conv1d, nn.Conv2d)[rank - 1]
-    return conv(5, 5, kernel, stride, padding, dilation, groups=5, bias=bias).double()
+    found = conv(5, 5, kernel, stride if odd else 1, padding, dilation, groups=5, bias=bias).double()
+    found.every = 1 if odd else stride  # which torch does not do together with "same"
+    return found
 
 
 def oracle_of(mixer, conv):
     def oracle(x, valid=None):
         if valid is not None:
             x = x * valid.unsqueeze(-1)
-        return functional_call(conv, dict(mixer.named_parameters()), x.movedim(-1, 1)).movedim(1, -1)
+        out = functional_call(conv, dict(mixer.named_parameters()), x.movedim(-1, 1)).movedim(1, -1)
+        every = slice(None, None, getattr(conv, "every", 1))
+        return out[(slice(None), *(every,) * (x.dim() - 2))]
 
     return oracle
 
@@ -91,8 +100,43 @@ def test_a_cache_keeps_what_the_taps_reach(build, tokens, impl):
 def test_a_stride_leaves_tokens_without_an_output_to_decode():
     with pytest.raises(ValueError, match="stride: 2, must be 1 with causal=True"):
         glocal.build("DepthwiseConv(causal=True, stride=2, rank=1)", 5)
-    with pytest.raises(ValueError, match="kernel_size: 4, must be odd"):
-        glocal.build("DepthwiseConv(kernel_size=4, rank=1)", 5)
+    with pytest.raises(ValueError, match="kernel_size: 4, must be odd with dilation 2"):
+        glocal.build("DepthwiseConv(kernel_size=4, dilation=2, rank=1)", 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "grid"),
+    [
+        ({"kernel_size": 3, "num_groups": 2}, (4, 5)),
+        ({"kernel_size": (4, 3), "num_groups": 3, "stride": 2}, (5, 6)),
+        ({"kernel_size": 3, "num_groups": 1, "bias": False, "rank": 1, "dilation": 2}, (9,)),
+        ({"kernel_size": 4, "num_groups": 3, "rank": 1, "causal": True}, (7,)),
+    ],
+)
+def test_channels_share_kernels(build, check, tokens, arguments, grid):
+    """As with a kernel for each channel, of which those of a group are the same."""
+    mixer = build(spec_of(arguments), 6)
+    assert mixer.weight.shape[:2] == (arguments["num_groups"], 1)
+    of_each = {name: value for name, value in arguments.items() if name != "num_groups"}
+    apart = build(spec_of(of_each), 6)
+
+    def oracle(x):
+        own = dict(mixer.named_parameters())
+        own["weight"] = torch.stack([own["weight"][c * arguments["num_groups"] // 6] for c in range(6)])
+        return functional_call(apart, own, (x,))
+
+    check(mixer, oracle, tokens(2, *grid, 6))
+    for groups in (4, 0):
+        with pytest.raises(ValueError, match=f"num_groups: {groups}"):
+            glocal.build(f"DepthwiseConv(num_groups={groups})", 6)
+
+
+def test_a_cache_of_shared_kernels(build, tokens):
+    mixer, x = build("DepthwiseConv(kernel_size=4, num_groups=2, causal=True, rank=1)", 6), tokens(2, 9, 6)
+    for mixer.impl in ("reference", "fast"):
+        cache = glocal.Cache()
+        parts = [mixer(x[:, i : i + 3], cache=cache) for i in (0, 3, 6)]
+        torch.testing.assert_close(torch.cat(parts, 1), mixer(x))
 
 
 @pytest.mark.parametrize(("arguments", "grid"), [CASES[2], CASES[4], CASES[8]])
@@ -147,6 +191,11 @@ FAULTS = (
         "the fast path has no bias",
         "            self.weight,\n            self.bias,",
         "            self.weight,\n            None,",
+    ),
+    (
+        "strided kernels are those of other channels",
+        "weight.repeat_interleave(dim // groups, 0)",
+        "weight.repeat(dim // groups, 1, 1, 1)",
     ),
     (
         "the sources of a strided convolution are placed in their own tokens",

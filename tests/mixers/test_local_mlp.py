@@ -30,7 +30,11 @@ def oracle_of(mixer, window, heads, shift=0, projection=True):
                 for source, column in members:
                     value = values[(slice(None), *source)].view(batch, heads, -1)
                     part = torch.zeros_like(mixed)
-                    part[(slice(None), *query)] = mixer.weight[:, row, column, None] * value
+                    entry = (row, column)
+                    if mixer.shared_positions:  # both in one window, so that places differ as tokens do
+                        entry = tuple(q - s + window - 1 for q, s in zip(query, source, strict=True))
+                    weight = mixer.weight[(slice(None), *entry)]
+                    part[(slice(None), *query)] = weight[:, None] * value
                     mixed = mixed + part
         return linear(getattr(mixer, "proj", None), mixed.flatten(-2))
 
@@ -50,6 +54,9 @@ CASES = [  # arguments, window, grid; 8 channels in 2 heads
     ({"projection": False, "shift_size": 1}, 2, (3, 5)),
     ({"rank": 1}, 4, (10,)),
     ({"rank": 1, "shift_size": 2, "projection": False}, 3, (8,)),
+    ({"shared_positions": True}, 3, (5, 4)),
+    ({"shared_positions": True, "shift_size": 1, "projection": False}, 2, (3, 5)),
+    ({"shared_positions": True, "rank": 1}, 4, (10,)),
 ]
 
 
@@ -71,6 +78,7 @@ def test_is_a_static_sum_inside_each_window(build, check, tokens, arguments, win
         ({"shift_size": 1}, 3, [(4, 5), (3, 7)]),
         ({"shift_size": 2, "projection": False}, 4, [(5, 4), (2, 6)]),
         ({"rank": 1, "shift_size": 1}, 2, [(5,), (2,)]),
+        ({"shared_positions": True, "shift_size": 1}, 3, [(4, 5), (3, 7)]),
     ],
 )
 def test_padding_leaves_images_alone(build, check_padding, arguments, window, extents):
@@ -87,6 +95,16 @@ def test_parameters():
     assert shapes("LocalMLP(window_size=4, num_heads=4, projection=False, rank=1)", 8) == {"weight": (4, 4, 4)}
 
 
+def test_shared_positions_are_a_convolution_of_each_window(build, tokens):
+    """Whose zeros stand around the window; an oblong one."""
+    mixer = build("LocalMLP(window_size=(2, 4), num_heads=2, shared_positions=True, projection=False)", 6)
+    assert mixer.weight.shape == (2, 3, 7)
+    x = tokens(3, 2, 4, 6)
+    kernels = mixer.weight.flip(1, 2).repeat_interleave(3, 0)[:, None]
+    expected = torch.nn.functional.conv2d(x.movedim(-1, 1), kernels, padding=(1, 3), groups=6).movedim(1, -1)
+    torch.testing.assert_close(mixer(x), expected)
+
+
 def test_weights_do_not_depend_on_the_image(build, tokens):
     weights = build("LocalMLP(window_size=4, num_heads=2)", 16).weights(tokens(2, 8, 8, 16))
     assert weights.weights.shape == (1, 2, 64, 16)
@@ -96,8 +114,8 @@ def test_weights_do_not_depend_on_the_image(build, tokens):
 FAULTS = (
     (
         "query and source are exchanged in the definition",
-        "self.weight[:, place].transpose(0, 1)",
-        "self.weight.mT[:, place].transpose(0, 1)",
+        "self._matrices()[:, place].transpose(0, 1)",
+        "self._matrices().mT[:, place].transpose(0, 1)",
     ),
     ("query and source are exchanged in the fast path", '"gqk,bwkgd->bwqgd"', '"gkq,bwkgd->bwqgd"'),
     (
@@ -112,8 +130,13 @@ FAULTS = (
     ),
     (
         "all heads mix places as the first one does",
-        "self.weight.to(v.dtype), v)",
-        "self.weight[:1].expand_as(self.weight).to(v.dtype), v)",
+        "self._matrices().to(v.dtype), v)",
+        "self._matrices()[:1].expand_as(self._matrices()).to(v.dtype), v)",
+    ),
+    (
+        "offsets count from the query to the source",
+        "relative_index(self._window, device=self.weight.device)]",
+        "relative_index(self._window, device=self.weight.device).mT]",
     ),
     (
         "the first length of a window is taken for that of the columns",

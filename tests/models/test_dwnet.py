@@ -11,7 +11,10 @@ from glocal.analysis import cost
 from glocal.models.keys.dwnet import from_official, to_official
 
 RELEASED = ("dwnet_tiny", "d_dwnet_tiny", "i_d_dwnet_tiny")
-VARIANTS = ("dwnet_tiny_pre_ln", "local_mlp_tiny", "local_mlp_tiny_post_bn", "local_mlp_tiny_post_bn_unshared")
+VARIANTS = (
+    *("dwnet_tiny_pre_ln", "dwnet_tiny_shared_channels", "local_mlp_tiny", "local_mlp_tiny_shared_positions"),
+    *("local_mlp_tiny_post_bn", "local_mlp_tiny_post_bn_unshared"),
+)
 DIMS, DEPTHS, GROUPS, CLASSES = (8, 16), (1, 2), (4, 4), 3
 SMALL = {"dims": DIMS, "depths": DEPTHS, "num_classes": CLASSES}
 
@@ -35,6 +38,8 @@ FAULTS = {
         ("mixers have maps of their own, too", '"projection": False', '"projection": True'),
         ("groups are not asked for", "**windows, **groups)", "**windows)"),
         ("groups are dropped in silence", "if groups and not", "if False and not"),
+        ("channels share with others than heads have", "num_groups=(3, 6, 12, 24)", "num_groups=(3, 6, 12, 12)"),
+        ("where channels share there is a bias", '"DepthwiseConv(bias=False)"', '"DepthwiseConv"'),
         ("local MLP has the wrong block", '"LocalMLP", **_TINY, block="pre_ln")', '"LocalMLP", **_TINY)'),
     ),
     "models/parts.py": (
@@ -47,6 +52,7 @@ FAULTS = {
         ("predicted kernels of 1 x 1 stay", r"(mixer\.)?conv[12]", "conv[12]"),
         ("D-DW is written as I-D-DW", 'own = () if "layers.0.blocks.0.attn.mixer.bias" in state else', "own ="),
         ("I-D-DW is not read", "renamed(state, (*_INHOMOGENEOUS, *_ALL))", "renamed(state, _ALL)"),
+        ("shared kernels are written as DW's", 'n.endswith("attn.mixer.weight") and', "False and"),
         ("local MLP is written as DW", "and tensor.dim() == 3", "and tensor.dim() == 9"),
     ),
 }
@@ -161,7 +167,7 @@ def released(state, images, training, groups=4, kernel=7):
 
 
 def small(name, **more):
-    groups = {"num_groups": GROUPS} if name.startswith(("i_d", "local")) else {}
+    groups = {"num_groups": GROUPS} if name.startswith(("i_d", "local", "dwnet_tiny_shared")) else {}
     return glocal.create_model(name, **{**SMALL, **groups, **more})
 
 
@@ -217,6 +223,8 @@ def test_what_the_release_does_not_have():
     for name in ("local_mlp_tiny", "local_mlp_tiny_post_bn"):
         with pytest.raises(ValueError, match=r"^local MLP is not in the release"):
             to_official(small(name).state_dict())
+    with pytest.raises(ValueError, match=r"^channels that share a kernel are not in the release$"):
+        to_official(small("dwnet_tiny_shared_channels").state_dict())
     with pytest.raises(ValueError, match=r"norm1\.weight is not one of this family$"):
         to_official(small("dwnet_tiny_pre_ln").state_dict())
 
@@ -282,6 +290,12 @@ def test_local_mlp_is_attention_with_learned_weights():
     ("name", "spec"),
     [
         ("dwnet_tiny(kernel_size=9)", "DepthwiseConv(kernel_size=9)"),
+        ("dwnet_tiny(kernel_size=12)", "DepthwiseConv(kernel_size=12)"),
+        ("dwnet_tiny_shared_channels(num_groups=(2, 4))", "DepthwiseConv(num_groups=4, bias=False)"),
+        (
+            "local_mlp_tiny_shared_positions(kernel_size=8, num_groups=(2, 4))",
+            "LocalMLP(window_size=8, num_heads=4, shift_size=4, shared_positions=True, projection=False)",
+        ),
         ("dwnet_tiny_pre_ln", "DepthwiseConv()"),
         ("d_dwnet_tiny(kernel_size=11)", "DynamicDepthwiseConv(kernel_size=11)"),
         ("i_d_dwnet_tiny(num_groups=(8, 16))", "InhomogeneousDepthwiseConv(num_groups=16)"),
@@ -298,7 +312,7 @@ def test_local_mlp_is_attention_with_learned_weights():
 def test_what_a_name_builds(name, spec):
     model = glocal.create_model(name, **SMALL)
     assert repr(model.layers[1].blocks[1].attn.mixer) == spec
-    pre_ln = name.startswith(("dwnet_tiny_pre_ln", "local_mlp_tiny("))
+    pre_ln = name.startswith(("dwnet_tiny_pre_ln", "local_mlp_tiny(", "local_mlp_tiny_shared"))
     assert isinstance(model.layers[0].blocks[0].norm2, nn.LayerNorm if pre_ln else nn.BatchNorm2d)
     assert model.eval()(torch.randn(2, 3, 30, 41)).shape == (2, 3)
 
@@ -317,7 +331,9 @@ def test_what_a_name_builds(name, spec):
         ("d_dwnet_base", 161_597_928),
         ("i_d_dwnet_base", 80_253_608),
         ("i_d_dwnet_base(num_groups=(4, 8, 16, 32))", 78_189_728),
+        ("dwnet_tiny_shared_channels", 23_958_706),
         ("local_mlp_tiny", 24_274_450),
+        ("local_mlp_tiny_shared_positions", 24_274_450 - 138 * (49**2 - 13**2)),  # 138 heads in all
         ("local_mlp_base", 74_624_224),
         ("local_mlp_tiny_post_bn", 24_283_282),
         ("local_mlp_tiny_post_bn_unshared", 34_554_760),
@@ -462,9 +478,9 @@ def test_blocks_can_be_looked_into():
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("dwnet_tiny", {"kernel_size": 8}, "^dwnet_tiny: .*kernel_size: 8, must be odd"),
+        ("d_dwnet_tiny", {"kernel_size": 8}, "^d_dwnet_tiny: .*kernel_size: 8, must be odd"),
         ("dwnet_tiny", {"kernel_size": 0}, "^dwnet_tiny: kernel_size: 0"),
-        ("dwnet_tiny", {"num_groups": (3, 6, 12, 24)}, "^dwnet_tiny: num_groups: 3, was given; DepthwiseConv has"),
+        ("dwnet_tiny", {"num_groups": (3, 6, 12, 25)}, "^dwnet_tiny: .*num_groups: 25 does not divide 768 channels"),
         ("d_dwnet_tiny", {"num_groups": (3, 6, 12, 24)}, "num_groups: 3, was given; DynamicDepthwiseConv has"),
         ("i_d_dwnet_tiny", {"num_groups": (5, 6, 12, 24)}, "num_groups: 5 does not divide dim 96"),
         ("i_d_dwnet_tiny", {"num_groups": (3, 6)}, r"^i_d_dwnet_tiny: num_groups: \(3, 6\), must have one number"),

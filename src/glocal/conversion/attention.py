@@ -174,7 +174,13 @@ def _refusal(part: nn.Module) -> str | None:
     if "forward" in vars(part):
         return "computes in a way of its own"
     if isinstance(part, Operator):
-        return "is causal and remembers what it has seen, which attention to places does not" if _causal(part) else None
+        if _causal(part):
+            return "is causal and remembers what it has seen, which attention to places does not"
+        if isinstance(part, DepthwiseConv) and part.weight.shape[0] < part.dim:
+            return "shares kernels between channels, which attention in its place would part"
+        if any(k % 2 == 0 for k in part.get_parameter("weight").shape[2:]):
+            return "has an even kernel, without a centre"
+        return None
     if isinstance(part, _ConvTransposeNd):
         return "is transposed: its taps spread a source over queries, no query attends to places"
     if not isinstance(part, nn.Conv1d | nn.Conv2d):

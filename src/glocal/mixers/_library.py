@@ -45,13 +45,21 @@ def depthwise(
     causal: bool = False,
     past: int = 0,
 ) -> Tensor:
-    """[B, *S, C] tokens, [C, 1, *kernel] weight -> [B, *S_out, C], centred, or causal behind `past` tokens."""
-    kernel, dim = weight.shape[2:], tokens.shape[-1]
+    """[B, *S, C] tokens, [G, 1, *kernel] weight -> [B, *S_out, C], centred, or causal behind `past` tokens.
+
+    Each of the G kernels is shared by C / G consecutive channels. Even ones have the shorter side in front.
+    """
+    kernel, groups, dim = weight.shape[2:], weight.shape[0], tokens.shape[-1]
     if stride > 1:
         padding = [dilation * (k // 2) for k in kernel]
-        return conv(tokens, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=dim)
-    shared = weight.reshape(1, *[1] * len(kernel), dim, -1)
-    return local_sum(tokens, shared, dilation, causal, kernel_size=kernel, past=past, bias=bias)
+        if any(k % 2 == 0 for k in kernel):  # the library knows one number for both sides
+            ends = [n for k in reversed(kernel) for n in (dilation * ((k - 1) // 2), dilation * (k // 2))]
+            tokens, padding = nn.functional.pad(tokens, (0, 0, *ends)), [0] * len(kernel)
+        own = weight if groups == dim else weight.repeat_interleave(dim // groups, 0)
+        return conv(tokens, own, bias, stride=stride, padding=padding, dilation=dilation, groups=dim)
+    shared = weight.reshape(1, *[1] * len(kernel), groups, -1)
+    left = [k - 1 if causal else (k - 1) // 2 for k in kernel]
+    return local_sum(tokens, shared, dilation, kernel_size=kernel, left=left, past=past, bias=bias)
 
 
 def images(tokens: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from glocal.aggregation import Aggregation, grid_positions
-from glocal.arguments import flag, odd_kernel, per_axis, positive
+from glocal.arguments import flag, per_axis, positive
 from glocal.mixer import Cache, TokenMixer
 from glocal.mixers._grid import centre_padding, kernel_index, places_behind
 from glocal.mixers._library import depthwise, out_lengths
@@ -16,29 +16,32 @@ from glocal.mixers._library import depthwise, out_lengths
 class DepthwiseConv(TokenMixer):
     """Depthwise convolution: each channel has its own kernel, the same at every position.
 
-    Weights: [1, C, 1, K], K taps. Static, own for each channel, shared by all positions.
+    Weights: [1, G, 1, K], K taps. Static, own for each channel (G = C) or shared in groups, the same at all positions.
 
     Args:
         dim: channels C.
-        kernel_size: odd unless causal, for all axes or each.
+        kernel_size: for all axes or each. An even one reads one token more behind the query than in front of it.
         stride, dilation: for all axes.
+        num_groups: groups G of consecutive channels that share a kernel. None: every channel has its own.
         causal: the taps are the query and kernel_size - 1 tokens before it, `dilation` apart, along every axis.
         bias: added to the output.
         rank: 2 for images, 1 for sequences.
 
     Shape:
         x [B, *S, C] -> [B, *ceil(S / stride), C]; zeros outside, kernel centred unless causal.
-        `weight` [C, 1, *kernel] and `bias` [C] as torch.nn.Conv2d with groups=C has them. With `cache` (causal, rank
-        1) x follows the tokens that were seen, of which the last dilation * (kernel_size - 1) are kept.
+        `weight` [G, 1, *kernel] and `bias` [C], as torch.nn.Conv2d with groups=C has them where G = C. With `cache`
+        (causal, rank 1) x follows the tokens that were seen, of which the last dilation * (kernel_size - 1) are kept.
 
     Cost: N*K*C multiply-adds, N outputs.
 
     Raises:
-        ValueError: even kernels with a centre; a stride together with causal.
+        ValueError: a dilation of even kernels with a centre; a stride together with causal; groups that do not divide
+            the channels.
 
     Source: Han et al., On the Connection between Local Attention and Dynamic Depth-wise Convolution, ICLR 2022,
     arXiv 2106.04263, section 2.
-    Differs from the paper: causal too; the pointwise convolutions around it belong to the paper's block.
+    Differs from the paper: causal too; the pointwise convolutions around it belong to the paper's block. How its study
+    pads even kernels is not known.
     """
 
     examples = (
@@ -46,6 +49,7 @@ class DepthwiseConv(TokenMixer):
         "DepthwiseConv(kernel_size=(5, 3), stride=2, dilation=2, bias=False)",
         "DepthwiseConv(kernel_size=5, rank=1)",
         "DepthwiseConv(kernel_size=4, dilation=2, causal=True, rank=1)",
+        "DepthwiseConv(kernel_size=4, num_groups=4)",
     )
 
     def __init__(
@@ -55,6 +59,7 @@ class DepthwiseConv(TokenMixer):
         kernel_size: int | Sequence[int] = 7,
         stride: int = 1,
         dilation: int = 1,
+        num_groups: int | None = None,
         causal: bool = False,
         bias: bool = True,
         rank: int = 2,
@@ -68,13 +73,21 @@ class DepthwiseConv(TokenMixer):
         self.causal = flag("causal", causal)
         if causal and stride > 1:
             raise ValueError(f"stride: {stride}, must be 1 with causal=True, so that each token has an output")
-        kernel = self._kernel = (per_axis if causal else odd_kernel)("kernel_size", kernel_size, rank)
+        kernel = self._kernel = per_axis("kernel_size", kernel_size, rank)
+        if dilation > 1 and not causal and any(k % 2 == 0 for k in kernel):
+            raise ValueError(f"kernel_size: {kernel_size!r}, must be odd with dilation {dilation}, to have a centre")
+        self.num_groups = num_groups
+        groups = dim if num_groups is None else positive("num_groups", num_groups)
+        if dim % groups:
+            raise ValueError(f"num_groups: {num_groups} does not divide {dim} channels")
         layer: type[Any] = nn.Conv1d if rank == 1 else nn.Conv2d
         of_torch = layer(dim, dim, kernel, groups=dim, bias=flag("bias", bias))
         self.weight, self.bias = of_torch.weight, of_torch.bias
+        if groups < dim:
+            self.weight = nn.Parameter(of_torch.weight[:groups].detach().clone())
 
     def values(self, source: Tensor) -> Tensor:
-        return source.flatten(1, -2).unsqueeze(-1)
+        return source.flatten(1, -2).unflatten(-1, (self.weight.shape[0], -1))
 
     def weights(self, x: Tensor, *, cache: Cache | None = None) -> Aggregation:
         out = self.out_grid(x.shape[1:-1])
@@ -101,7 +114,7 @@ class DepthwiseConv(TokenMixer):
         return mixed if self.bias is None else mixed + self.bias
 
     def fast(self, x: Tensor, values: Tensor, *, cache: Cache | None = None) -> Tensor:
-        tokens, kept = (values.reshape(x.shape), 0) if cache is None else (values.squeeze(-1), self._kept(cache))
+        tokens, kept = (values.reshape(x.shape), 0) if cache is None else (values.flatten(2), self._kept(cache))
         return depthwise(
             tokens,
             self.weight,

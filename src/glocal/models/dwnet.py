@@ -71,9 +71,10 @@ class DWNet(Pyramid):
         patch_size: pixels along a side of a token of the first stage.
         dims: channels of every stage; a model's name fills them in.
         depths: blocks of every stage.
-        kernel_size: tokens along a side of a kernel, odd, or of a window of local MLP, any.
-        num_groups: groups of channels with weights of their own, in every stage: of I-D-DW 32, of local MLP groups
-            of 32 channels if not given; as many groups as channels share nothing. Others have none.
+        kernel_size: tokens along a side of a kernel, or of a window of local MLP. Of D-DW and I-D-DW it is odd; an even
+            one of DW reads one token more below and to the right.
+        num_groups: groups of channels with weights of their own, in every stage: of DW one for each channel, of I-D-DW
+            32, of local MLP groups of 32 channels if not given; as many groups as channels share nothing.
         block: "post_bn", `BatchNormBlock` (DWNet's), or "pre_ln", Swin's.
         mlp_ratio: hidden width of the MLPs over the channels.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0 in the first. The published
@@ -94,7 +95,8 @@ class DWNet(Pyramid):
     Source: Han et al., On the Connection between Local Attention and Dynamic Depth-wise Convolution, ICLR 2022,
     arXiv 2106.04263; sizes and blocks from the released code (Atten4Vis/DemystifyLocalViT, models/dwnet.py).
     Differs from the paper: nothing known in DW, D-DW and I-D-DW. Code of local MLP and of the variants was not
-    released: local MLP has Swin's shifted windows, "pre_ln" has a linear map before and behind the mixer, as attention.
+    released: local MLP has Swin's shifted windows, "pre_ln" has a linear map before and behind the mixer, as attention,
+    and where channels share a kernel of DW it has no bias, since the published count has none.
     """
 
     def __init__(
@@ -155,6 +157,8 @@ MODELS: dict[str, Callable[..., Classifier]] = {
     "dwnet_tiny": partial(DWNet, "DepthwiseConv", **_TINY),
     "dwnet_base": partial(DWNet, "DepthwiseConv", **_BASE),
     "dwnet_tiny_pre_ln": partial(DWNet, "DepthwiseConv", **_TINY, block="pre_ln"),
+    # groups of 32 channels, as heads of attention have
+    "dwnet_tiny_shared_channels": partial(DWNet, "DepthwiseConv(bias=False)", **_TINY, num_groups=(3, 6, 12, 24)),
     "d_dwnet_tiny": partial(DWNet, "DynamicDepthwiseConv", **_TINY),
     "d_dwnet_base": partial(DWNet, "DynamicDepthwiseConv", **_BASE),
     "i_d_dwnet_tiny": partial(DWNet, "InhomogeneousDepthwiseConv", **_TINY),
@@ -162,6 +166,7 @@ MODELS: dict[str, Callable[..., Classifier]] = {
     # the study compares local MLP with attention in Swin's blocks
     "local_mlp_tiny": partial(DWNet, "LocalMLP", **_TINY, block="pre_ln"),
     "local_mlp_base": partial(DWNet, "LocalMLP", **_BASE, block="pre_ln"),
+    "local_mlp_tiny_shared_positions": partial(DWNet, "LocalMLP(shared_positions=True)", **_TINY, block="pre_ln"),
     "local_mlp_tiny_post_bn": partial(DWNet, "LocalMLP", **_TINY),
     "local_mlp_tiny_post_bn_unshared": partial(DWNet, "LocalMLP", **_TINY, num_groups=_TINY["dims"]),
 }

@@ -49,6 +49,8 @@ def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     if any(name.startswith("layers.0.blocks.0.") and tensor.dim() == 3 for name, tensor in state.items()):
         raise ValueError("local MLP is not in the release, which has no names for its weights")
+    if any(n.endswith("attn.mixer.weight") and f"{n.removesuffix('weight')}bias" not in state for n in state):
+        raise ValueError("channels that share a kernel are not in the release")
     shaped = {name: t[:, :, None, None] if _POINTWISE.fullmatch(name) else t for name, t in state.items()}
     # only the kernels that are the same at all positions have a bias of the sum
     own = () if "layers.0.blocks.0.attn.mixer.bias" in state else _INHOMOGENEOUS
