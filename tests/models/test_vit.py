@@ -25,8 +25,8 @@ FAULTS = {
         ("MLPs are always 4 times as wide", "mlp_ratio=mlp_ratio,", "mlp_ratio=4,"),
         (
             "the class token stands behind the patches",
-            "[self.cls_token.expand(len(x), -1, -1), x.flatten(1, 2)]",
-            "[x.flatten(1, 2), self.cls_token.expand(len(x), -1, -1)]",
+            "[self.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)]",
+            "[x.flatten(1, 2), self.cls_token.expand(x.shape[0], -1, -1)]",
         ),
         ("the class token has no position", "], 1) + positions", "], 1) + positions * (positions != positions[:, :1])"),
         ("rows are resized to columns", "x.shape[1:3], num_prefix=1)", "x.shape[1:3][::-1], num_prefix=1)"),

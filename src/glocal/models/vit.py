@@ -93,7 +93,7 @@ class ViT(Classifier):
     def stem(self, x: Tensor) -> Tensor:
         x = self.patch_embed(x)
         positions = resized_positions(self.pos_embed, self.grid_size, x.shape[1:3], num_prefix=1)
-        return torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(1, 2)], 1) + positions
+        return torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)], 1) + positions
 
     def stages(self) -> Sequence[nn.Module]:
         return list(self.blocks)
