@@ -36,9 +36,6 @@ FAULTS = {
         ("another missing module is called timm", 'if error.name != "timm":', "if False:"),
         ("nobody says what to install", "except ModuleNotFoundError as error:", "except ZeroDivisionError as error:"),
     ),
-    "models/__init__.py": (
-        ("arguments that a name fills in are said to be open", "if p.kind is not p.POSITIONAL_ONLY}", "}"),
-    ),
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ WINDOWS = {**PYRAMID, "num_groups": (2, 2), "kernel_size": 4, "depths": (1, 2)}
 LESA = {**STAGES, "num_groups": 2, "img_size": 64}
 
 FAULTS = {
-    "models/vit.py": (("a program has one batch", "self.cls_token.expand(x.shape[0], ", "self.cls_token.expand(len(x), "),),
+    "models/vit.py": (("a program has one batch", "cls_token.expand(x.shape[0], ", "cls_token.expand(len(x), "),),
     "models/parts.py": (
         (
             "a program has one size",

@@ -49,6 +49,7 @@ FAULTS = {
         ("all bottlenecks have the same rate", "drop_path=next(rates), middle", "drop_path=drop_path_rate, middle"),
         ("the 101 is the 152", "(3, 4, 23, 3)", "(3, 8, 36, 3)"),
     ),
+    "models/__init__.py": (("what families alone may fill in is open", "if p.kind is not p.POSITIONAL_ONLY}", "}"),),
     "models/keys/resnet.py": (
         ("stages count from 0", 'f"layer{stage + 1}.{{j}}"', 'f"layer{stage}.{{j}}"'),
         ("convolutions count from 0", 'f"{ours}.conv{k + 1}"', 'f"{ours}.conv{k}"'),
