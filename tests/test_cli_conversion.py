@@ -20,7 +20,7 @@ FAULTS = (
     ("all layers are converted", 'layers=command.layers or "*"', 'layers="*"'),
     ("training starts anew", "weights=str(weights), new_head", "new_head"),
     ("the way back is measured the wrong way round", "pair = (model, network.model)", "pair = (network.model, model)"),
-    ("gates are given to nobody", "gated=command.gated,", ""),
+    ("gates are given to nobody", "gated=command.gated,\n                    head_dim", "head_dim"),
     ("what is written says nothing of gates", "convert_gated=command.gated,", ""),
     ("what is written says nothing of their width", "convert_head_dim=command.head_dim,", ""),
     ("a way back with gates is taken", "if command.back and (command.gated or", "if False and (command.gated or"),

@@ -24,7 +24,7 @@ FAULTS = {
     ),
     "conversion/convolution.py": (
         ("open gates pass", "missed += _open(part, tolerance)", "pass"),
-        ("gates half open pass", "if not share <= tolerance", "if not share <= 0.5"),
+        ("gates half open pass", "if not share <= tolerance\n    ]", "if not share <= 0.5\n    ]"),
         ("what is behind gates is converted by itself", '("mixer", "mixer.position", "position")', '("mixer",)'),
     ),
     "conversion/table.py": (

@@ -502,10 +502,10 @@ FAULTS = {
         ("what is missing is not said", "refused=refused or {},", "refused={},"),
         (
             "all layers count as rebuilt by their weights alone",
-            "for layer in layers if layer.shares]",
+            'for layer in layers if "unary share" in layer.shares]',
             "for layer in ()]",
         ),
-        ("none does", "for layer in layers if layer.shares]", "for layer in layers]"),
+        ("none does", 'for layer in layers if "unary share" in layer.shares]', "for layer in layers]"),
         ("sampling is not said", "if layer.stride > 1],", "if layer.stride > 99],"),
     ),
 }

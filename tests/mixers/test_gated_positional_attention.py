@@ -18,8 +18,8 @@ FAULTS = (
     ("x and y change places", "zip(grid, reversed(linear), strict=True)", "zip(grid, linear, strict=True)"),
     (
         "the gate is turned round",
-        "(1 - gate) * content + gate * position.to",
-        "gate * content + (1 - gate) * position.to",
+        '"content": (1 - gate, content), "position": (gate,',
+        '"content": (gate, content), "position": (1 - gate,',
     ),
     (
         "the fast path's gate is turned round",
@@ -31,8 +31,8 @@ FAULTS = (
     ("the distance is not squared", "square[:, None, None] * offset.square()", "square[:, None, None] * offset.abs()"),
     (
         "position does not see the mask",
-        "masked_softmax(self._position_scores(grid, queries)[None], seen)",
-        "masked_softmax(self._position_scores(grid, queries)[None], None)",
+        "masked_softmax(self._position_scores(tuple(x.shape[1:-1]), queries)[None], seen)",
+        "masked_softmax(self._position_scores(tuple(x.shape[1:-1]), queries)[None], None)",
     ),
     (
         "the fast path forgets the mask in the content",
@@ -55,8 +55,8 @@ FAULTS = (
     ("values start at random", "self.v.weight.copy_(torch.eye(self.dim))", "pass"),
     (
         "the gate gets no gradient",
-        "gate = self.gating_param.sigmoid()[:, None, None]",
-        "gate = self.gating_param.detach().sigmoid()[:, None, None]",
+        "gate = self.gating_param.sigmoid()\n",
+        "gate = self.gating_param.detach().sigmoid()\n",
     ),
 )
 
