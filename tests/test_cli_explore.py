@@ -17,6 +17,8 @@ from glocal.cli.explore import _chosen
 from glocal.cli.parsing import UserError
 from glocal.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 
+STEM = ["stem.conv1", "stem.conv2"]
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
@@ -54,10 +56,10 @@ def test_a_run_with_its_own_test_images(run, tmp_path, capsys):
     code, page = explore(tmp_path, run)
     said = capsys.readouterr()
     assert code == 0, said.err
-    assert "2 layers on 5 images; rebuilt within" in said.out and "page.html (0." in said.out
+    assert "4 layers on 5 images; rebuilt within" in said.out and "page.html (0." in said.out
     found = about(page)
-    assert [layer["name"] for layer in found["layers"]] == ["stages.0.0.mixer", "stages.1.0.mixer"]
-    assert [len(layer["rows"]) for layer in found["layers"]] == [1, 5]
+    assert [layer["name"] for layer in found["layers"]] == [*STEM, "stages.0.0.mixer", "stages.1.0.mixer"]
+    assert [len(layer["rows"]) for layer in found["layers"]] == [1, 1, 1, 5]
     assert len({picture["name"].rpartition("(")[2] for picture in found["pictures"]}) == 5  # of five classes
     assert all(picture["note"].startswith("seen as ") for picture in found["pictures"])
     assert "random" not in page and found["epochs"] is None
@@ -101,9 +103,23 @@ def test_what_was_computed_is_what_the_model_computes(run, tmp_path, monkeypatch
     trained, data = load_trained(run), load("digits")
     first = [data.test_labels.tolist().index(label) for label in dict.fromkeys(data.test_labels.tolist())][:5]
     x = (data.test_images[first].double() - 78) / 96
-    with torch.no_grad(), glocal.inspect(trained.model.double().eval()) as seen:
+    with torch.no_grad(), glocal.inspect(trained.model.double().eval(), convolutions=True) as seen:
         trained.model(x)
-    torch.testing.assert_close(kept["calls"][1].weights().weights, seen.calls[1].weights().weights)
+    assert len(seen) == 4
+    for one, other in zip(kept["calls"], seen, strict=True):
+        torch.testing.assert_close(one.weights().weights, other.weights().weights)
+
+
+def test_a_convolutional_network(tmp_path):
+    """Every layer with a kernel, its taps as heads; no patches, no 1x1."""
+    code, page = explore(tmp_path, "timm:resnet10t", "--dtype", "float64")
+    assert code == 0 and len(page) < 2e6
+    layers = about(page)["layers"]
+    names = [layer["name"] for layer in layers]
+    assert names[:3] == ["conv1.0", "conv1.3", "conv1.6"] and names[-1] == "layer4.0.conv2" and len(names) == 11
+    assert {layer["heads"] for layer in layers} == {9} and max(layer["error"] for layer in layers) < 1e-14
+    assert "A dense convolution's heads are its taps" in page
+    assert all(sum(layer["shares"]["kernel share"]) == pytest.approx(1, abs=1e-4) for layer in layers)
 
 
 def test_a_model_of_ours_by_name(tmp_path, monkeypatch):
@@ -147,10 +163,13 @@ def one_line(capsys):
         (["hf:nowhere"], "no config.json there"),
         (["nowhere/run"], "no trained network"),
         (["RUN", "--images", "gone.png"], "gone.png: no such file"),
-        (["RUN", "--layers", "nothing*"], "'nothing*' is the name of none; there are stages.0.0.mixer"),
+        (
+            ["RUN", "--layers", "nothing*"],
+            "'nothing*' is the name of none; there are stem.conv1, stem.conv2, stages.0.0.mixer",
+        ),
         (["RUN", "--weights", "x.pt"], "has weights of its own"),
         (["RUN", "--dtype", "float8"], "--dtype"),
-        (["timm:resnet10t"], "the model has no token mixer of this library and no attention of timm"),
+        (["timm:mixer_s32_224"], "the model has no token mixer of this library, no attention of timm"),
         (["timm:resnet10t", "--lesson"], "--lesson is a page without a model; leave out timm:resnet10t"),
         (["timm:resnet10t", "--weights", "gone.pt"], "gone.pt: no such file"),
     ],

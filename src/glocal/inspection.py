@@ -51,8 +51,14 @@ class Call:
         return math.prod(self.output.shape[1:-1])
 
     def shares(self) -> dict[str, Tensor]:
-        """Further numbers of each head, [G], by name."""
-        return {}
+        """Further numbers of each head, [G], by name.
+
+        "kernel share" of a dense convolution, whose heads are its taps: the norm of all weights at the tap (Frobenius,
+        over both kinds of channels), over the sum of the taps' norms.
+        """
+        mixer: Any = self.mixer
+        norms = mixer.kernel_norms() if hasattr(mixer, "kernel_norms") else None
+        return {} if norms is None else {"kernel share": norms / norms.sum().clamp(min=1e-30)}
 
     def weights(self, queries: Tensor | None = None) -> Aggregation:
         """The aggregation weights of this call, for all queries or some (int64 [Q], in the flattened output).
@@ -208,10 +214,10 @@ class Inspection:
     `refused` says by name why a module of another library is not among them.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, convolutions: bool = False) -> None:
         self.calls: list[Call] = []
         self.refused: dict[str, str] = {}
-        self._model = model
+        self._model, self._convolutions = model, convolutions
         self._hooks: list[Any] = []
         self._open: dict[int, list[dict[str, Any]]] = {}
         self._canonical: dict[str, str] = {}  # every name of a mixer to the one its calls bear
@@ -232,7 +238,7 @@ class Inspection:
                 if self._canonical[name] == name:
                     self._hooks.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
                     self._hooks.append(module.register_forward_hook(self._after(name), with_kwargs=True))
-        for name, how in foreign(self._model):
+        for name, how in foreign(self._model, convolutions=self._convolutions):
             if isinstance(how, NotSeen):
                 self.refused[name] = how.why
             else:
@@ -315,19 +321,23 @@ def _keep(kept: dict[str, Any], name: str) -> Any:
     return keep
 
 
-def inspect(model: nn.Module) -> Inspection:
+def inspect(model: nn.Module, *, convolutions: bool = False) -> Inspection:
     """Records the calls of every token mixer in a model, and of the attention of timm, torchvision and transformers.
 
         with glocal.inspect(model) as seen:
             model(images)
         seen["stages.2.blocks.0.mixer"][0].weights()
 
+    With `convolutions` those of torch too, Conv1d and Conv2d, outside operators of this library: seen as `Convolution`
+    and `DepthwiseConv` are, a head for each tap or each channel. Not those that move nothing between tokens: 1x1
+    kernels, and strides as long as the kernel, which cut patches.
+
     Memory: the mixers' inputs and outputs are kept alive until the recording is dropped; nothing is copied.
 
     Raises:
         ValueError: a part of the model is compiled (named), on entering the `with` block.
     """
-    return Inspection(model)
+    return Inspection(model, convolutions=convolutions)
 
 
 def _error(rebuilt: Tensor, output: Tensor) -> float:

@@ -11,8 +11,9 @@ from glocal.adapters.foreign import Foreign as Foreign
 from glocal.adapters.foreign import NotSeen as NotSeen
 
 
-def foreign(model: nn.Module) -> Iterator[tuple[str, Foreign | NotSeen]]:
-    """What a model holds of timm, torchvision and transformers: by name, how to see it, or why it cannot be seen."""
+def foreign(model: nn.Module, *, convolutions: bool = False) -> Iterator[tuple[str, Foreign | NotSeen]]:
+    """What a model holds of timm, torchvision and transformers: by name, how to see it, or why it cannot be seen; with
+    convolutions those of torch too."""
     libraries = {type(module).__module__.partition(".")[0] for module in model.modules()}
     if "timm" in libraries:
         from glocal.adapters import timm
@@ -26,3 +27,7 @@ def foreign(model: nn.Module) -> Iterator[tuple[str, Foreign | NotSeen]]:
         from glocal.adapters import transformers
 
         yield from transformers.found(model)
+    if convolutions:
+        from glocal.adapters import convolution
+
+        yield from convolution.found(model)

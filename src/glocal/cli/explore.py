@@ -99,7 +99,7 @@ def _page(command: "ExploreCommand") -> tuple[str, str]:
     dtype, device = getattr(torch, command.dtype), next(loaded.model.parameters()).device
     model = loaded.model.to(dtype).eval()
     x = normaliser(loaded.mean, loaded.deviation, device)(pixels).to(dtype)
-    with torch.no_grad(), inspect(model) as seen:
+    with torch.no_grad(), inspect(model, convolutions=True) as seen:
         output = model(x)
     scores = getattr(output, "logits", output)
     calls = _chosen(seen, command.layers)
@@ -125,8 +125,9 @@ def _chosen(seen: "Inspection", patterns: Sequence[str]) -> list[Any]:
         raise UserError(f"nothing to show: {name} {why}")
     if not seen.calls:
         raise UserError(
-            "nothing to show: the model has no token mixer of this library and no attention of timm, torchvision or "
-            "transformers that it reads; give a model that has, such as timm:vit_tiny_patch16_224"
+            "nothing to show: the model has no token mixer of this library, no attention of timm, torchvision or "
+            "transformers that it reads, and no convolution that reads beyond its token; "
+            "give a model that has, such as timm:vit_tiny_patch16_224"
         )
     if not patterns:
         return list(seen)

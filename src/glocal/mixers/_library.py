@@ -76,3 +76,8 @@ def back(out: Tensor, rank: int) -> Tensor:
 def out_lengths(grid: Sequence[int], stride: int) -> tuple[int, ...]:
     """ceil(n / stride) for every axis."""
     return tuple((n + stride - 1) // stride for n in grid)
+
+
+def tap_norms(weight: Tensor) -> Tensor:
+    """Of a kernel [C_out, C / groups, *taps], the norm of all weights at each tap: [K]."""
+    return weight.detach().double().flatten(2).square().sum((0, 1)).sqrt()

@@ -53,7 +53,7 @@ class PaddedAttention(TokenMixer):
         self._kernel = per_axis("kernel_size", kernel_size, rank)
         self._strides, self._dilations = per_axis("stride", stride, rank), per_axis("dilation", dilation, rank)
         self._reach = tuple(d * (k - 1) for d, k in zip(self._dilations, self._kernel, strict=True))
-        self._sides = _sides(padding, self._reach, self._strides)
+        self._sides = sides_of(padding, self._reach, self._strides)
         self.num_heads = math.prod(self._kernel)
         if dim % groups or self.out_dim % groups:
             raise ValueError(f"groups: {groups} must divide dim {dim} and out_dim {self.out_dim}")
@@ -305,7 +305,7 @@ def sources_of(place: Tensor, length: Tensor, mode: str) -> Tensor:
     return torch.minimum(there, 2 * length - 2 - there)
 
 
-def _sides(
+def sides_of(
     padding: int | str | Sequence[int], reach: Sequence[int], strides: Sequence[int]
 ) -> tuple[tuple[int, int], ...]:
     """Places in front of and behind each axis."""

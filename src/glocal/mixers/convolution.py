@@ -11,7 +11,7 @@ from glocal.aggregation import Aggregation, grid_positions
 from glocal.arguments import flag, odd_kernel, positive
 from glocal.mixer import TokenMixer
 from glocal.mixers._grid import centre_padding, kernel_index
-from glocal.mixers._library import conv, out_lengths
+from glocal.mixers._library import conv, out_lengths, tap_norms
 
 
 class Convolution(TokenMixer):
@@ -113,6 +113,10 @@ class Convolution(TokenMixer):
             dilation=self.dilation,
             groups=self.groups,
         )
+
+    def kernel_norms(self) -> Tensor:
+        """The norm of all weights at each tap: [K]."""
+        return tap_norms(self.weight)
 
     def out_grid(self, grid: Sequence[int]) -> tuple[int, ...]:
         return out_lengths(grid, self.stride)
