@@ -1,8 +1,8 @@
 """The depthwise family in one function: sums over the taps of a kernel, whose weights are shared in any way.
 
 Three operations that are each other's derivatives, to any order: the sum, its transpose and the inner products that are
-its weights' gradient. On a CPU they are C (local_sum.c, local_sum_narrow.c); without a compiler, and on other devices,
-one pass over the input for each tap, in plain PyTorch.
+its weights' gradient. On a CPU they are C (local_sum.c, local_sum_narrow.c), on a GPU Triton (triton/local_sum.py);
+without a compiler, and on other devices, one pass over the input for each tap, in plain PyTorch.
 
 Shape letters: B batch, S grid of sources, N grid of outputs, C channels, G groups of consecutive channels, T taps.
 """
@@ -11,6 +11,7 @@ import ctypes
 import math
 from collections.abc import Iterator, Sequence
 from itertools import product
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
 
-from glocal.kernels import compiled
+from glocal.kernels import compiled, gpu
 
 LONGEST = 63  # taps along an axis that the compiled code unrolls
 # Up to so many taps sources are read where they are; beyond, it was measured to pay to copy them to panels.
@@ -89,7 +90,7 @@ def local_sum(
     offset = [past - dilation * n for n in left]
     learned = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
     direct = not learned and x.numel() > 0 and math.prod(grid) > 0 and _library_is_faster(x, w.shape, kernel)
-    if device in ("cpu", "meta") and not direct and not _traced():
+    if (device in ("cpu", "meta") or gpu.takes(x)) and not direct and not _traced():
         return _sum(x, w, bias, kernel, dilation, offset, grid)
     if _is_convolution(w.shape, x.shape[-1]):
         return _by_library(x, w, bias, kernel, dilation, offset, grid)
@@ -119,6 +120,8 @@ def _sum(
     if _library_is_faster(x, w.shape, kernel) and x.numel() and math.prod(grid):
         with torch.autocast(x.device.type, enabled=False):  # in a backward pass: the type was chosen before
             return _by_library(x, w, bias, kernel, dilation, offset, grid).contiguous()
+    if triton := _triton(x):
+        return triton.local_sum(x, w, bias, kernel, dilation, offset, grid)
     code = _code("SUM", x, w, kernel, dilation)
     if code is None:
         y = _sum_by_taps(x, w, kernel, dilation, offset, grid)
@@ -137,6 +140,8 @@ def _transposed(
     y: Tensor, w: Tensor, kernel: Sequence[int], dilation: int, offset: Sequence[int], grid: Sequence[int]
 ) -> Tensor:
     """[B, *N, C], [B or 1, *N or 1 each, G, T] -> [B, *S, C], S = grid: what each source is given back."""
+    if triton := _triton(y):
+        return triton.local_sum_transposed(y, w, kernel, dilation, offset, grid)
     if _shared(w.shape):  # the sum with taps reversed, seen from the sources
         back = [-o - dilation * (k - 1) for o, k in zip(offset, kernel, strict=True)]
         return _sum(y, w.flip(-1), None, kernel, dilation, back, grid)
@@ -152,6 +157,8 @@ def _products(
     x: Tensor, y: Tensor, kernel: Sequence[int], dilation: int, offset: Sequence[int], shape: Sequence[int]
 ) -> Tensor:
     """[B, *S, C], [B, *N, C] -> weights of `shape`: inner products over what shares a weight."""
+    if triton := _triton(x):
+        return triton.local_sum_products(x, y, kernel, dilation, offset, shape)
     w = compiled.on_huge_pages(x.new_empty(shape))
     code = _code("PRODUCTS", x, w, kernel, dilation)
     if code is None:
@@ -161,6 +168,15 @@ def _products(
     w = compiled.on_huge_pages(x.new_empty(*y.shape[:-1], *shape[-2:]))
     _run(code.local_sum_products, x, y, w, x.shape, y.shape[1:-1], shape, offset)
     return w.sum_to_size(*shape)
+
+
+def _triton(x: Tensor) -> ModuleType | None:
+    """The operations on a GPU, if they are for such tensors."""
+    if not gpu.takes(x):
+        return None
+    from glocal.kernels.triton import local_sum as triton
+
+    return triton
 
 
 def _shared(shape: Sequence[int]) -> bool:

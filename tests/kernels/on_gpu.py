@@ -1,0 +1,82 @@
+"""Triton's kernels where there is no GPU: run by its interpreter, and compiled for GPUs that are not there.
+
+The interpreter must be chosen before triton is imported, by TRITON_INTERPRET=1, and it changes torch.compile in the
+same process. So without a GPU the tests that run kernels do so only under that variable; test_interpreter.py starts
+them, in a process of their own.
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from glocal.kernels import gpu
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INSTALLED = importlib.util.find_spec("triton") is not None
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+RUN = pytest.mark.skipif(
+    not INSTALLED or (DEVICE == "cpu" and not INTERPRETED),
+    reason="needs triton and a GPU, or TRITON_INTERPRET=1" if INSTALLED else "triton is not installed",
+)
+COMPILE = pytest.mark.skipif(
+    not INSTALLED or INTERPRETED, reason="triton is not installed" if not INSTALLED else "is interpreted, not compiled"
+)
+TARGETS = [80, 90]
+SHORT = [torch.float32, torch.bfloat16, torch.float16]
+POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+MOST_SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a block may have
+
+
+@pytest.fixture
+def kernels_run(monkeypatch):
+    """Calls go to the kernels, wherever the tensors are."""
+    monkeypatch.setattr(gpu, "DEVICES", ("cuda", "cpu"))
+    if not INTERPRETED:
+        return
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def with_lengths(tensor, scope):
+        """Triton 3.6 does not know how NumPy 2.4 turns an array of one number into that number."""
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", with_lengths)
+
+
+def compiled(kernel, arguments, constants, target, warps=4):
+    """(shared memory, registers, bytes spilled) of a kernel built for a GPU; `arguments`: name to type."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {name: arguments.get(name, "i32") for name in kernel.arg_names}
+    signature |= dict.fromkeys(constants, "constexpr")
+    # as at run time: pointers are aligned, other things need not be
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")
+    }
+    built = triton.compile(
+        ASTSource(kernel, signature, constants, aligned),
+        target=GPUTarget("cuda", target, 32),
+        options={"num_warps": warps, "num_stages": 2},
+    )
+    return built.metadata.shared, *resources(built.asm["cubin"])
+
+
+def resources(cubin):
+    tool = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    import tempfile
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK"))
+    return registers, stack
