@@ -125,6 +125,13 @@ FAULTS = {
         ),
         ("rows are as long as the grid is high", "row * size + column, -1)", "row * sizes[0] + column, -1)"),
     ),
+    ("mixers/_library.py", "mixers/test_depthwise_conv.py"): (
+        (
+            "strided kernels are those of other channels",
+            "weight.repeat_interleave(dim // groups, 0)",
+            "weight.repeat(dim // groups, 1, 1, 1)",
+        ),
+    ),
     ("mixers/_library.py", "mixers/test_convolution.py", "test_contract.py"): (
         (
             "a 1-D convolution is not dilated",

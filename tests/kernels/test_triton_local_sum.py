@@ -12,7 +12,7 @@ from glocal.kernels import local_sum
 from .on_gpu import COMPILE, DEVICE, MOST_SHARED, POINTER, RUN, SHORT, TARGETS, compiled, kernels_run  # noqa: F401
 
 FAULTS = {
-    "src/glocal/kernels/triton/local_sum.py": [
+    "kernels/triton/local_sum.py": [
         (
             "sources left of a row are read",
             "seen = (p >= 0) & (p < width) & (row >= 0)",

@@ -193,11 +193,6 @@ FAULTS = (
         "            self.weight,\n            None,",
     ),
     (
-        "strided kernels are those of other channels",
-        "weight.repeat_interleave(dim // groups, 0)",
-        "weight.repeat(dim // groups, 1, 1, 1)",
-    ),
-    (
         "the sources of a strided convolution are placed in their own tokens",
         "grid_positions(grid, stride=self.stride, device=x.device)",
         "grid_positions(grid, device=x.device)",
