@@ -212,7 +212,6 @@ def named(shape: Sequence[int]) -> str:
 
 
 FOUR_STAGES = [(8, 56, 56, 96), (8, 28, 28, 192), (8, 14, 14, 384), (8, 7, 7, 768)]  # Swin-T, I-D-DW-T
-GPU_BIG = (128, 56, 56, 96)
 BIG, SMALL, ODD, TINY = FOUR_STAGES[0], (2, 14, 14, 64), (3, 37, 41, 20), (1, 7, 7, 4)
 
 for shape in FOUR_STAGES:
@@ -245,17 +244,22 @@ add("relative/1x56x56x96", relative, (1, 56, 56, 96), 3)
 add("relative/3x13x9x20", relative, (3, 13, 9, 20), 4)
 add("outlook-module/8x28x28x192", outlook_module, (8, 28, 28, 192), 6, 2)  # VOLO-D1
 add("muse-module/32x64x384", module, "MultiScaleAttention(num_heads=4, rank=1)", (32, 64, 384))
-for images, *stage in FOUR_STAGES:  # on a GPU 16 times as many images, which no cache holds
-    many = (16 * images, *stage)
-    add(f"gpu/static/{named(many)}/K7", static, many, 7)
-    add(f"gpu/per-position/{named(many)}/K7,G32", per_position, many, 7, 32)
-    add(f"gpu/per-image/{named(many)}/K7", per_image, many, 7)
-    shift = 3 if many[1] > 7 else 0
-    add(f"gpu/window/{named(many)}/7x7,shift{shift}", window, many, many[-1] // 32, 7, shift)
-    add(f"gpu/neighborhood/{named(many)}/7x7", neighborhood, many, many[-1] // 32, 7)
-add(f"gpu/per-position/{named(GPU_BIG)}/K7,G3", per_position, GPU_BIG, 7, 3)
-add("gpu/relative/128x14x14x384", relative, (128, 14, 14, 384), 12)
-add("gpu/dynamic-line/512x512x384/K15", dynamic_line, (512, 512, 384), 4, 15)
+# On a GPU, with a batch that its cache does not hold; see gpu.py
+GPU_CASES = []
+for shape in [(128, *stage[1:]) for stage in FOUR_STAGES]:
+    shift = 3 if shape[1] > 7 else 0
+    for name, make, arguments in (
+        ("static", static, (shape, 7)),
+        ("per-position", per_position, (shape, 7, 3)),
+        ("per-image", per_image, (shape, 7)),
+        ("neighborhood", neighborhood, (shape, shape[-1] // 32, 7)),
+        ("window", window, (shape, shape[-1] // 32, 7, shift)),
+    ):
+        GPU_CASES.append(f"{name}/{named(shape)}/K7")
+        add(GPU_CASES[-1], make, *arguments)
+for shape in ((128, 14, 14, 384), (128, 7, 7, 768)):
+    GPU_CASES.append(f"relative/{named(shape)}")
+    add(GPU_CASES[-1], relative, shape, shape[-1] // 32)
 for name, make, arguments in (  # for the tests of the benchmarks themselves
     ("static", static, (TINY, 3)),
     ("per-position", per_position, (TINY, 3, 2)),
@@ -278,9 +282,9 @@ class Bar:
     Args:
         case: its name.
         which: pass.
-        peers: names; the quickest of them counts. None: of all that compute the same.
+        peers: names; the quickest of them counts.
         limit: "faster": times that it must be faster; "time": share of their time that it may take; "memory": of the
-            output, peak memory without gradients; "floor": of the floor's time.
+            output, peak memory without gradients.
         kind: see limit.
     """
 
@@ -320,22 +324,6 @@ BARS = [
         Bar(f"dynamic-line/32x{length}x384/K{kernel}", BOTH, tuple(peers.LINE_UNFOLDS), faster)
         for length in (64, 512)
         for kernel, faster in ((3, 8), (15, 25))
-    ),
-    *(
-        Bar(f"gpu/{case}", which, (), limit, kind)
-        for case in (
-            "per-position/128x56x56x96/K7,G3",
-            "per-position/128x56x56x96/K7,G32",
-            "per-image/128x56x56x96/K7",
-            "neighborhood/128x56x56x96/7x7",
-            "window/128x56x56x96/7x7,shift3",
-        )
-        for which, limit, kind in (
-            (FORWARD, 2.0, "floor"),
-            (BOTH, 2.5, "floor"),
-            (FORWARD, 1.0, "faster"),
-            (BOTH, 1.0, "faster"),
-        )
     ),
 ]
 # first call, in a process and a cache of its own; forward and backward

@@ -84,12 +84,13 @@ def measure(name: str, given: argparse.Namespace) -> list[dict[str, object]]:
     if given.compiled:
         nets |= {f"{who}, compiled": (torch.compile(net), x) for who, (net, x) in list(nets.items())}
     runs = {who: calls(net, x, labels) for who, (net, x) in nets.items()}
-    rate = matmul_rate(dtype)
+    side = 8192 if given.device == "cuda" else 1024
+    rate = matmul_rate(side, dtype=dtype)
     rows = []
     for which in ("forward", "step"):
         times = interleaved({who: run[which] for who, run in runs.items()}, rounds=given.rounds, seconds=given.seconds)
         found = {who: summary(each) for who, each in times.items()}
-        rate = max(rate, matmul_rate(dtype))
+        rate = max(rate, matmul_rate(side, dtype=dtype))
         floor = products * (1 if which == "forward" else 3) / rate
         rival = min((who for who in found if who != "glocal"), key=lambda who: found[who].median)
         faster = statistics.median(t / o for t, o in zip(times[rival], times["glocal"], strict=False))
@@ -124,7 +125,9 @@ def main() -> None:
     if given.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no GPU here, or this PyTorch was built without CUDA")
     torch.set_default_device(given.device)
-    about = surroundings(given.device)
+    about = surroundings()
+    if given.device == "cuda":
+        about |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     for name in given.names:
         for row in measure(name, given):
             if given.out:

@@ -205,8 +205,10 @@ def neighborhood_natten(grid: Sequence[int], kernel: int) -> Call:
 
 
 def neighborhood_flex(grid: Sequence[int], kernel: int) -> Call:
-    """FlexAttention, compiled, with a block mask and the bias as a function of the score; no backward on a CPU."""
-    device = torch.get_default_device()
+    """FlexAttention, compiled, with a block mask and the bias as a function of the score; no backward on a CPU.
+
+    On the default device, as all that peers hold.
+    """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     width = grid[1]
@@ -216,6 +218,7 @@ def neighborhood_flex(grid: Sequence[int], kernel: int) -> Call:
         return (down.abs() <= kernel // 2) & (right.abs() <= kernel // 2)
 
     tokens = math.prod(grid)
+    device = torch.get_default_device()
     mask = create_block_mask(near, None, None, tokens, tokens, device=device)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """Every operator beside what a user has today, and beside what the machine can do at best.
 
     python benchmarks/run.py [CASE ...] [--dtype float32] [--repeats 3] [--out results.jsonl] [--picture ratios.svg]
-    python benchmarks/run.py --device cuda [--dtype bfloat16] [--compiled] [--repeats 1] [--out results.jsonl]
 
 CASE is a name or a pattern such as 'static/*' (`--list` names all); `bars` stands for the cases that something is
 required of, and says below them what holds. Without any, all are run, which takes an hour.
@@ -10,9 +9,8 @@ Each case is measured in several processes, since the same call may take twice a
 medians of the processes' medians, with the quartiles of the one in the middle; ratios are taken within a process, and
 their median is printed. `--of minimum` takes the shortest instead of the median time of each process, for a machine
 that does other work too. Percent of the floor: the floor's time over the operator's; the floor is every tensor moved
-once at the speed of a copy beyond the caches, or every multiply-add at that of a matrix product (on a CPU one in
-float32), whichever takes longer. On a GPU cases have their own names, gpu/*, with batches that no cache holds. What
-fits into the caches may well be above 100 %.
+once at the speed of a copy beyond the caches, or every multiply-add at that of a float32 matrix product, whichever
+takes longer. What fits into the caches may well be above 100 %.
 """
 
 import argparse
@@ -35,7 +33,19 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "src")]
 
 import torch  # noqa: E402
-from cases import BARS, CASES, FIRST_LIMIT, FIRST_SPECS, LATER_LIMIT, OURS, SMALL, SMALL_CASE, Bar, named  # noqa: E402
+from cases import (  # noqa: E402
+    BARS,
+    CASES,
+    FIRST_LIMIT,
+    FIRST_SPECS,
+    GPU_CASES,
+    LATER_LIMIT,
+    OURS,
+    SMALL,
+    SMALL_CASE,
+    Bar,
+    named,
+)
 from picture import draw  # noqa: E402
 from timing import PASSES, better, bound, interleaved, measured_floor, peak, summary  # noqa: E402
 
@@ -52,7 +62,7 @@ Found = dict[str, Any]  # as it goes through JSON
 def measure(name: str, dtype: torch.dtype, rounds: int, compiled: bool, memory: bool) -> Found:
     """Both passes of a case: {pass: {call: times}}; a call that fails says why instead."""
     torch.manual_seed(0)
-    floor = measured_floor(dtype)
+    floor = measured_floor()
     problem = CASES[name].make(compiled)
     tensors = [t.to(dtype) for t in problem.tensors]
     for call in problem.calls.values():
@@ -85,7 +95,7 @@ def measure(name: str, dtype: torch.dtype, rounds: int, compiled: bool, memory: 
         if memory:
             for peer, run in runs.items():
                 times[peer]["peak_bytes"] = peak(run)
-        floor = better(floor, measured_floor(dtype))
+        floor = better(floor, measured_floor())
         found["passes"][which] = {
             "calls": times,
             "refused": refused,
@@ -168,11 +178,7 @@ def judged(bar: Bar, row: Found) -> tuple[bool, str]:
     if bar.kind == "memory":
         share = (calls[OURS]["peak_bytes"] - row["gradient_bytes"]) / row["output_bytes"]
         return share <= bar.limit, f"{share:.2f} x the output besides gradients, at most {bar.limit:g}"
-    if bar.kind == "floor":
-        times = calls[OURS]["time_ms"] / row["floor_ms"]
-        return times <= bar.limit, f"{times:.2f} x the floor, at most {bar.limit:g}"
-    rivals = bar.peers or [peer for peer in calls if peer != OURS and peer not in row["yardsticks"]]
-    there = [peer for peer in rivals if peer in calls]
+    there = [peer for peer in bar.peers if peer in calls]
     if not there:
         return False, f"no {' or '.join(bar.peers)} to compare with"
     best = min(there, key=lambda peer: calls[peer]["time_ms"])
@@ -196,7 +202,7 @@ def first_calls(repeats: int) -> Iterator[tuple[bool, str]]:
         yield later - eager <= LATER_LIMIT, f"{said}, later processes {later - eager:+.3f}, at most {LATER_LIMIT:g}"
 
 
-def surroundings(device: str = "cpu") -> Found:
+def surroundings() -> Found:
     """Where and with what the numbers were taken."""
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
     try:
@@ -204,25 +210,19 @@ def surroundings(device: str = "cpu") -> Found:
         processor = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         processor = platform.processor()
-    machine = f"{platform.machine()}, {processor}, {os.cpu_count()} cores"
-    if device == "cuda":
-        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
-        machine += f"; {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, driver {driver}"
     return {
         "commit": git.stdout.strip() or None,
-        "machine": machine,
+        "machine": f"{platform.machine()}, {processor}, {os.cpu_count()} cores",
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "glocal": glocal.__version__},
     }
 
 
-def chosen(patterns: Sequence[str], device: str = "cpu") -> list[str]:
-    """The cases meant, in their order; without any all of the device but the tiny ones."""
+def chosen(patterns: Sequence[str]) -> list[str]:
+    """The cases meant, in their order; without any all but the tiny ones."""
     required = {bar.case for bar in BARS} | {SMALL_CASE}
-    required = {name for name in required if name.startswith("gpu/") == (device == "cuda")}
     found = []
     for name in CASES:
-        whole = not patterns and not name.startswith("tiny/") and name.startswith("gpu/") == (device == "cuda")
+        whole = not patterns and not name.startswith("tiny/") and name not in GPU_CASES
         if whole or any(fnmatch(name, p) or (p == "bars" and name in required) for p in patterns):
             found.append(name)
     return found
@@ -231,7 +231,6 @@ def chosen(patterns: Sequence[str], device: str = "cpu") -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--repeats", type=int, default=3, help="processes, one after the other")
     parser.add_argument("--rounds", type=int, default=15, help="turns of each call in a process")
@@ -244,22 +243,19 @@ def main() -> int:
     parser.add_argument("--first", help=argparse.SUPPRESS)
     parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: there is no GPU here, or this PyTorch was built without CUDA")
     if given.child:
-        torch.set_default_device(given.device)
         print(json.dumps(measure(given.child, DTYPES[given.dtype], given.rounds, given.compiled, given.memory)))
         return 0
     if given.first:
         print(json.dumps(first_call(given.first)))
         return 0
-    names = chosen(given.cases, given.device)
+    names = chosen(given.cases)
     if given.list or not names:
         print("\n".join(CASES))
         return int(not given.list)
-    about, rows = surroundings(given.device), []
+    about, rows = surroundings(), []
     for name in names:
-        arguments = ["--child", name, "--device", given.device, "--dtype", given.dtype, "--rounds", str(given.rounds)]
+        arguments = ["--child", name, "--dtype", given.dtype, "--rounds", str(given.rounds)]
         arguments += ["--compiled"] * given.compiled
         found = [
             child(arguments + ["--memory"] * (i == 0), CASES[name].environment) for i in range(max(given.repeats, 1))
@@ -275,7 +271,7 @@ def main() -> int:
                     file.write(json.dumps(rows[-1]) + "\n")
     if given.picture:
         given.picture.write_text(draw(rows))
-    return verdict(rows, given.repeats if "bars" in given.cases and given.device == "cpu" else 0)
+    return verdict(rows, given.repeats if "bars" in given.cases else 0)
 
 
 def verdict(rows: Sequence[Found], repeats: int) -> int:

@@ -117,14 +117,9 @@ def _timed(run: Callable[[], object], number: int) -> float:
     return (time.perf_counter() - start) / number
 
 
-def on_gpu() -> bool:
-    """Whether this process measures a GPU: tensors are then made there."""
-    return torch.get_default_device().type == "cuda"
-
-
 def settle() -> None:
-    """A GPU finishes what it was told to do."""
-    if on_gpu():
+    """A GPU, if that is where tensors are made, finishes what it was told to do."""
+    if torch.get_default_device().type == "cuda":
         torch.cuda.synchronize()
 
 
@@ -147,30 +142,20 @@ def summary(times: Sequence[float]) -> Summary:
 def peak(run: Callable[[], object]) -> int:
     """Peak tensor memory of a call above the start, in bytes, as benchmarks/memory.py measures it."""
     run()
-    if not on_gpu():
-        return peak_bytes(run)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    return torch.cuda.max_memory_allocated() - before
+    return peak_bytes(run)
 
 
-def copy_bandwidth(times: int = 5) -> float:
+def copy_bandwidth(mib: int = 64, times: int = 5) -> float:
     """Bytes a second that torch's copy_ reads and writes, of buffers beyond the caches; the best of some."""
-    source = torch.ones((1024 if on_gpu() else 64) * 2**20, dtype=torch.uint8)
+    source = torch.ones(mib * 2**20, dtype=torch.uint8)
     target = torch.empty_like(source)
     target.copy_(source)
     return 2 * source.numel() / min(_timed(lambda: target.copy_(source), 1) for _ in range(times))
 
 
-def matmul_rate(dtype: torch.dtype = torch.float32, times: int = 5) -> float:
-    """Multiply-adds a second of a matrix product, on a CPU in float32; the best of some."""
-    side, dtype = (8192, dtype) if on_gpu() else (1024, torch.float32)
-    a, b, out = (
-        torch.randn(side, side).to(dtype),
-        torch.randn(side, side).to(dtype),
-        torch.empty(side, side, dtype=dtype),
-    )
+def matmul_rate(side: int = 1024, times: int = 5, dtype: torch.dtype = torch.float32) -> float:
+    """Multiply-adds a second of a matrix product; the best of some."""
+    a, b, out = (torch.randn(side, side).to(dtype) for _ in range(3))
     torch.mm(a, b, out=out)
     return side**3 / min(_timed(lambda: torch.mm(a, b, out=out), 1) for _ in range(times))
 
@@ -203,8 +188,8 @@ class Floor:
         return max(moved / self.bandwidth, products / self.rate)
 
 
-def measured_floor(dtype: torch.dtype) -> Floor:
-    return Floor(copy_bandwidth(), matmul_rate(dtype))
+def measured_floor() -> Floor:
+    return Floor(copy_bandwidth(), matmul_rate())
 
 
 def better(one: Floor, other: Floor) -> Floor:

@@ -1,6 +1,8 @@
 """What every test needs, and what several ask for: the same random numbers each time, one thread, a GPU, a study."""
 
+import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,3 +54,13 @@ def in_process(monkeypatch):
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
+
+
+def pytest_runtest_logreport(report):
+    """With GLOCAL_RESULTS every result is added to that file, a JSON line each, with what tests recorded."""
+    path = None if "PYTEST_XDIST_WORKER" in os.environ else os.environ.get("GLOCAL_RESULTS")  # its parent hears all
+    if path and (report.when == "call" or report.outcome != "passed"):
+        why = str(report.longrepr)[-2000:] if report.outcome != "passed" else None
+        result = {"test": report.nodeid, "outcome": report.outcome, "seconds": report.duration, "why": why}
+        with Path(path).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(result | {"recorded": dict(report.user_properties)}) + "\n")

@@ -1,4 +1,4 @@
-"""Every example on a GPU: the contract in all dtypes, SDPA's back ends, compilation, and memory over many steps."""
+"""Every example on a GPU: the contract in all dtypes, compilation, and attention by each of the library's back ends."""
 
 import copy
 
@@ -104,19 +104,3 @@ def test_every_back_end_of_sdpa_against_float64(spec, backend, dtype, padded):
     for i, (expected, found) in enumerate(zip(*results, strict=True)):
         assert found.isfinite().all(), f"result {i} is not finite"
         close(f"result {i}", found, expected, allowed)
-
-
-@pytest.mark.parametrize("spec", sorted({spec for spec in contract.examples() if "(" in spec}))
-def test_memory_does_not_grow(spec):
-    mixer, x, _ = on_both(spec)
-    mixer, x = mixer.float(), x.float().requires_grad_()
-    also = mixer.besides(x.detach())
-    held = []
-    for step in range(1000):
-        mixer(x, **also).square().sum().backward()
-        mixer.zero_grad()
-        x.grad = None
-        if step in (99, 999):
-            torch.cuda.synchronize()
-            held.append(torch.cuda.memory_allocated())
-    assert held[1] <= held[0]

@@ -48,6 +48,27 @@ def kernels_run(monkeypatch):
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", with_lengths)
+    builder = interpreter.InterpreterBuilder
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def as_bool(mask):
+        """Triton 3.9 has masks of integers, which its own loads refuse."""
+        return interpreter.TensorHandle(mask.data.astype(bool), mask.dtype)
+
+    dot = builder.create_dot
+
+    def exact(operand):
+        """bfloat16 is held as integers, of which the interpreter's product is that of integers."""
+        if operand.dtype.scalar.name != "bf16":
+            return operand
+        wide = (operand.data.astype("uint32") << 16).view("float32")
+        return interpreter.TensorHandle(wide, interpreter.tl.float32)
+
+    monkeypatch.setattr(builder, "create_dot", lambda b, x, y, *rest: dot(b, exact(x), exact(y), *rest))
+    monkeypatch.setattr(builder, "create_masked_load", lambda b, p, mask, *rest: load(b, p, as_bool(mask), *rest))
+    monkeypatch.setattr(
+        builder, "create_masked_store", lambda b, p, value, mask, *rest: store(b, p, value, as_bool(mask), *rest)
+    )
 
 
 def compiled(kernel, arguments, constants, target, warps=4):
@@ -58,10 +79,9 @@ def compiled(kernel, arguments, constants, target, warps=4):
 
     signature = {name: arguments.get(name, "i32") for name in kernel.arg_names}
     signature |= dict.fromkeys(constants, "constexpr")
+    pointers = [i for i, name in enumerate(kernel.arg_names) if str(signature[name]).startswith("*")]
     # as at run time: pointers are aligned, other things need not be
-    aligned = {
-        (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")
-    }
+    aligned = {(i,): [["tt.divisibility", 16]] for i in pointers}
     built = triton.compile(
         ASTSource(kernel, signature, constants, aligned),
         target=GPUTarget("cuda", target, 32),

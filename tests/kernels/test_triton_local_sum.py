@@ -213,13 +213,16 @@ def test_differentiates_twice():
         assert (a - b).abs().max() <= 1e-5 * b.abs().max()
 
 
+SOME = [("static", torch.bfloat16, 90), ("per position", torch.float16, 80), ("per position", torch.float32, 90)]
+ALL = list(itertools.product(["static", "per position"], SHORT, TARGETS))
 SIZES = {"static": (96, 1, 32, 32, 1), "per position": (3, 32, 16, 2, 32)}  # G, D, blocks
 
 
 @COMPILE
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dtype", SHORT)
-@pytest.mark.parametrize("weights", SIZES)
+@pytest.mark.parametrize(
+    ("weights", "dtype", "target"),
+    [*SOME, *(pytest.param(*each, marks=pytest.mark.slow) for each in ALL if each not in SOME)],
+)
 def test_compiles_for_gpus(weights, dtype, target, record_property):
     from glocal.kernels.triton import local_sum as code
 

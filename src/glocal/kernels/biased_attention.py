@@ -1,7 +1,8 @@
 """Global attention with a bias for each offset, block by block of queries: never N x N of anything.
 
 The bias of a block is laid out from the table, used and forgotten; backward makes it again. Plain PyTorch on any
-device, registered with torch.library, so that it is opaque to torch.compile and torch.export.
+device, on a GPU Triton (triton/attention.py). Registered with torch.library, so that it is opaque to torch.compile and
+torch.export.
 
 Shape letters: B batch, T B or 1, N = H*W queries and sources (W = 1 for sequences), G heads, D channels of a head.
 Sources are taken in reverse: then the bias of query (a, b) and source (y, x) is the table's entry (a + y, b + x),
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from glocal.kernels import gpu
 from glocal.kernels.compiled import tangents_wanted
 
 FORWARD_BLOCK = 4 * 2**20  # bytes of biases at a time, more where one row of queries has more
@@ -62,7 +64,7 @@ def biased_attention(
     attend = plain if tangents_wanted() else _biased_attention
     if not torch.compiler.is_compiling() and attend is not plain:  # nothing asked of lengths that are symbols
         _check(q, k, v, table, grid, valid)
-        if q.shape[0] * q.shape[2] * q.shape[1] ** 2 <= WHOLE:
+        if not gpu.takes(q) and q.shape[0] * q.shape[2] * q.shape[1] ** 2 <= WHOLE:
             differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, table))
             attend = plain if differentiated else _at_once
     out = attend(q, k, v, table, valid)
@@ -87,6 +89,8 @@ def _exactly(function: Callable[..., Any]) -> Callable[..., Any]:
 def _biased_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, valid: Tensor | None) -> Tensor:
     height, width = _grid(table)
     _check(q, k, v, table, (height, width), valid)
+    if _on_gpu(q, v):
+        return _by_triton(q, k, v, table, valid)[0]
     batch, places = q.shape[:2]
     windows, valid = _windows(table.to(q.dtype)), None if valid is None else valid.flip(1)
     of_each = len(windows) > 1 or valid is not None  # otherwise one block of biases is for all images
@@ -106,6 +110,8 @@ def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, table: Tensor, valid: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the table, each block's weights computed again in float32 or wider."""
+    if _on_gpu(q, v):
+        return _backward_by_triton(grad, q, k, v, table, valid)
     batch, places, heads = q.shape[:3]
     height, width = _grid(table)
     dtypes, wide = (q.dtype, k.dtype, v.dtype, table.dtype), torch.promote_types(q.dtype, torch.float32)
@@ -145,6 +151,34 @@ def _backward(
         entries[..., column : column + width] += gathered[:, :, column]
     found = (*(t.permute(1, 2, 0, 3) for t in (dq, dk.flip(2), dv.flip(2))), entries)
     return tuple(t.contiguous().to(dtype) for t, dtype in zip(found, dtypes, strict=True))  # type: ignore[return-value]
+
+
+def _on_gpu(q: Tensor, v: Tensor) -> bool:
+    return gpu.takes(q) and max(q.shape[-1], v.shape[-1]) <= gpu.WIDEST
+
+
+def _by_triton(q: Tensor, k: Tensor, v: Tensor, table: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """On a GPU: the output, and the logarithms of the softmaxes' divisors."""
+    from glocal.kernels.triton import attention_calls as calls
+
+    out = q.new_empty(*q.shape[:3], v.shape[-1])
+    layout = calls.whole(_grid(table), q.shape[2], len(table))
+    return out, calls.forward(layout, q, k, v, table.to(q.dtype), valid, None, 1.0, out)
+
+
+def _backward_by_triton(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, table: Tensor, valid: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from glocal.kernels.triton import attention_calls as calls
+
+    out, lse = _by_triton(q, k, v, table, valid)
+    found = [t.new_empty(t.shape) for t in (q, k, v)]
+    layout = calls.whole(_grid(table), q.shape[2], len(table))
+    entries = calls.backward(
+        layout, grad.to(q.dtype), q, k, v, table.to(q.dtype), valid, None, 1.0, out, lse, found, of_each=len(table) > 1
+    )
+    assert entries is not None
+    return found[0], found[1], found[2], entries.to(table.dtype).view(table.shape)
 
 
 def _join(gathered: Tensor, biases: Tensor, rows: slice) -> None:

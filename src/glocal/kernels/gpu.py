@@ -12,6 +12,7 @@ from torch import Tensor
 
 DEVICES = ("cuda",)
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
+WIDEST = 256  # channels of a head of attention
 OLDEST = (8, 0)  # compute capability
 FOUND = importlib.util.find_spec("triton") is not None and os.environ.get("GLOCAL_KERNELS") != "eager"
 

@@ -1,7 +1,7 @@
 """Neighborhood attention in one pass: no index tables, and nothing of size N*K that outlives a query.
 
-Compiled C on a CPU (neighborhood_attention.c). Where that cannot be had, and on other devices, one slot after the other
-by the gathered kernels. Both are opaque to torch.compile and torch.export.
+Compiled C on a CPU (neighborhood_attention.c), Triton on a GPU (triton/attention.py). Where neither can be had, one
+slot after the other by the gathered kernels. All are opaque to torch.compile and torch.export.
 
 Shape letters: B batch, S grid, N queries, M sources, G heads, D channels of a head (E of a value), K neighbors.
 """
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from glocal.kernels import gpu
 from glocal.kernels.compiled import Unavailable, call, load, on_huge_pages, tangents_wanted
 from glocal.kernels.gathered import gathered_scatter, gathered_scores, gathered_sum
 
@@ -130,6 +131,13 @@ def _forward(
     out, lse = _forward_like(q, v)
     if not (q.numel() and v.numel()):
         return out.zero_(), lse.zero_()
+    if _on_gpu(q, v):
+        from glocal.kernels.triton import attention_calls as calls
+
+        layout = calls.near(k.shape[1:-2], k.shape[-3] - q.shape[-3], kernel, dilation, causal=causal, shifted=shifted)
+        flat_q, flat_k, flat_v = (t.flatten(1, -3) for t in (q, k, v))
+        lse = calls.forward(layout, flat_q, flat_k, flat_v, *_extras(bias, valid, extents), scale, out)
+        return out, lse.view(q.shape[:-1])
     try:
         function = _function(q, v, "FORWARD")
     except Unavailable:
@@ -168,6 +176,16 @@ def _backward(
     found = _backward_like(q, k, v, bias)
     if not (q.numel() and v.numel()):
         return found[0].zero_(), found[1].zero_(), found[2].zero_(), found[3].zero_()
+    if _on_gpu(q, v):
+        from glocal.kernels.triton import attention_calls as calls
+
+        layout = calls.near(k.shape[1:-2], k.shape[-3] - q.shape[-3], kernel, dilation, causal=causal, shifted=shifted)
+        flat_q, flat_k, flat_v, *grads = (t.flatten(1, -3) for t in (q, k, v, *found[:3]))
+        extras = _extras(bias, valid, extents)
+        if extents is not None:  # of what lies behind an image's end nothing is computed
+            grads = [t.zero_() for t in grads]
+        entries = calls.backward(layout, grad.to(q.dtype), flat_q, flat_k, flat_v, *extras, scale, out, lse, grads)
+        return *found[:3], found[3] if bias is None or entries is None else entries.view(bias.shape)
     try:
         function = _function(q, v, "BACKWARD")
     except Unavailable:
@@ -192,6 +210,10 @@ def _backward(
         gathered_scatter(weights, grad, index, count).to(v.dtype).view_as(v),
         q.new_empty(0, dtype=lse.dtype) if bias is None else _bias_gradient(scores, entry, bias),
     )
+
+
+def _on_gpu(q: Tensor, v: Tensor) -> bool:
+    return gpu.takes(q) and max(q.shape[-1], v.shape[-1]) <= gpu.WIDEST
 
 
 def _function(q: Tensor, v: Tensor, which: str) -> Any:
@@ -222,10 +244,13 @@ def _numbers(
     return torch.tensor([*sizes, *options, *tiles, *(stride for each in strides for stride in each)])
 
 
-def _extras(bias: Tensor | None, valid: Tensor | None, extents: Tensor | None) -> tuple[Tensor | None, ...]:
+def _extras(
+    bias: Tensor | None, valid: Tensor | None, extents: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     if extents is not None and extents.shape[1] == 1:
         extents = torch.cat([torch.ones_like(extents), extents], 1)
-    return tuple(None if t is None else t.contiguous() for t in (bias, valid, extents))
+    bias, valid, extents = (None if t is None else t.contiguous() for t in (bias, valid, extents))
+    return bias, valid, extents
 
 
 def _channels_in_order(tensor: Tensor) -> Tensor:

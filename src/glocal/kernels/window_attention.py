@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import register_flop_formula
 
+from glocal.kernels import gpu
 from glocal.kernels.compiled import Unavailable, call, load, on_huge_pages, prepare, tangents_wanted
 
 SOURCE = "window_attention.c"
@@ -59,10 +60,10 @@ def window_attention(
     if table is not None and table.dtype != qkv.dtype:
         wide = torch.promote_types(qkv.dtype, table.dtype)
         qkv, table = qkv.to(wide), table.to(wide)
-    if qkv.device.type not in ("cpu", "meta") or tangents_wanted():
+    if (qkv.device.type not in ("cpu", "meta") and not gpu.takes(qkv)) or tangents_wanted():
         return _eager(qkv, table, extents, num_heads, window_size, shift_size, rolled_size)
     learned = torch.is_grad_enabled() and qkv.requires_grad and qkv.device.type == "cpu"
-    if learned and not torch.compiler.is_compiling():
+    if learned and not gpu.takes(qkv) and not torch.compiler.is_compiling():
         prepare(SOURCE, qkv.dtype, PASS_BACKWARD=1)  # beside the forward pass, since it takes the compiler longer
     return _forward(qkv, table, extents, num_heads, window_size, shift_size, rolled_size)
 
@@ -118,6 +119,8 @@ def _forward(
     out = _empty(qkv, rolled_size)
     if not out.numel():
         return out
+    if gpu.takes(qkv) and _widest(qkv, num_heads) <= gpu.WIDEST:
+        return _by_triton(qkv, table, extents, num_heads, window_size, shift_size, rolled_size)[0]
     try:
         library = _library(qkv, "FORWARD")
     except Unavailable:
@@ -154,6 +157,8 @@ def _backward(
     table_grad = qkv.new_empty(0) if table is None else torch.empty_like(table, memory_format=torch.contiguous_format)
     if not qkv.numel():
         return qkv_grad, table_grad.zero_()
+    if gpu.takes(qkv) and _widest(qkv, num_heads) <= gpu.WIDEST:
+        return _backward_by_triton(grad, qkv, table, extents, *layout)
     try:
         library = _library(qkv, "BACKWARD")
     except Unavailable:
@@ -173,6 +178,61 @@ def _backward(
         table_grad,
     )
     return qkv_grad, table_grad
+
+
+def _widest(qkv: Tensor, num_heads: int) -> int:
+    return qkv.shape[-1] // (3 * num_heads)
+
+
+def _by_triton(
+    qkv: Tensor,
+    table: Tensor | None,
+    extents: Tensor | None,
+    num_heads: int,
+    window_size: Sequence[int],
+    shift_size: int,
+    rolled_size: Sequence[int] | None,
+) -> tuple[Tensor, Tensor]:
+    """On a GPU: the output, and the logarithms of the softmaxes' divisors."""
+    from glocal.kernels.triton import attention_calls as calls
+
+    layout = calls.windows(qkv.shape[1:-1], rolled_size, window_size, shift_size, num_heads)
+    out = _empty(qkv, rolled_size)
+    out = out if extents is None else out.zero_()
+    q, k, v = _heads(qkv.contiguous(), num_heads)
+    extents, scale = _two_axes(extents), q.shape[-1] ** -0.5
+    return out, calls.forward(layout, q, k, v, table, None, extents, scale, out)
+
+
+def _backward_by_triton(
+    grad: Tensor,
+    qkv: Tensor,
+    table: Tensor | None,
+    extents: Tensor | None,
+    num_heads: int,
+    window_size: Sequence[int],
+    shift_size: int,
+    rolled_size: Sequence[int] | None,
+) -> tuple[Tensor, Tensor]:
+    from glocal.kernels.triton import attention_calls as calls
+
+    qkv = qkv.contiguous()
+    out, lse = _by_triton(qkv, table, extents, num_heads, window_size, shift_size, rolled_size)
+    layout = calls.windows(qkv.shape[1:-1], rolled_size, window_size, shift_size, num_heads)
+    whole = extents is None and rolled_size is None  # otherwise some queries have no output, and no gradient
+    found = torch.empty_like(qkv) if whole else torch.zeros_like(qkv)
+    q, k, v = _heads(qkv, num_heads)
+    extents, scale = _two_axes(extents), q.shape[-1] ** -0.5
+    grads = _heads(found, num_heads)
+    entries = calls.backward(layout, grad.to(qkv.dtype), q, k, v, table, None, extents, scale, out, lse, grads)
+    if table is None or entries is None:
+        return found, qkv.new_empty(0)
+    return found, entries[0].flatten(1).t().to(table.dtype).contiguous()
+
+
+def _heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
+    """Views [B, N, G, D] of queries, keys and values."""
+    return qkv.flatten(1, -2).unflatten(-1, (3, num_heads, -1)).unbind(2)
 
 
 def _library(qkv: Tensor, which: str) -> Any:
