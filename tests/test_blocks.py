@@ -36,6 +36,7 @@ def test_mbconv_equals_timm(dim, out_dim, stride, stride_in, stride_mode, pool, 
     ours.load_state_dict(state)
     x = torch.randn(3, dim, 8, 6, dtype=torch.float64)
     torch.testing.assert_close(ours(x.movedim(1, -1)).movedim(-1, 1), theirs(x))
+    torch.testing.assert_close(dict(ours.named_buffers()), dict(theirs.named_buffers()))
 
 
 def test_mbconv_as_the_paper_states_it():

@@ -23,7 +23,8 @@ BELOW = {
     "kernels": ["aggregation"],
     "mixers": ["kernels", "mixer", "positions"],
     "spec": ["mixers"],
-    "blocks": ["spec"],
+    "folding": [],
+    "blocks": ["folding", "spec"],
     "backbone": ["blocks"],
     "models": ["backbone", "checkpoint"],
     "timm": ["models"],
@@ -56,7 +57,19 @@ TOP = {"cli", "__init__", "__main__"}
 
 # Places that run with the core dependencies alone.
 CORE = [
-    *["aggregation", "arguments", "operator", "mixer", "positions", "kernels", "mixers", "spec", "blocks", "backbone"],
+    *[
+        "aggregation",
+        "arguments",
+        "operator",
+        "mixer",
+        "positions",
+        "kernels",
+        "mixers",
+        "spec",
+        "folding",
+        "blocks",
+        "backbone",
+    ],
     *["inspection", "evidence", "contract", "conversion", "__init__"],
 ]
 CORE_DEPENDENCIES = {"torch", "numpy"}

@@ -4,12 +4,14 @@ B images, *S the grid (H W or T), C channels. `valid`, bool [B, *S], is True at 
 every axis. Real tokens get what they would get without the padding, those of a smaller grid too (`strided`).
 """
 
+import math
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from glocal.folding import can_join, gated_map, normed_map, unwatched
 from glocal.spec import build
 
 
@@ -239,8 +241,12 @@ class SqueezeExcite(nn.Module):
         self.fc2 = nn.Conv2d(hidden_dim, dim, 1)
 
     def forward(self, x: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+        return x * self.gate(x, valid)
+
+    def gate(self, x: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+        """What every channel is multiplied with, [B, C, 1, 1]."""
         gate = x.mean((2, 3), keepdim=True) if valid is None else mean_of(x.movedim(1, -1), valid)[:, :, None, None]
-        return x * self.fc2(self.act(self.fc1(gate))).sigmoid()
+        return self.fc2(self.act(self.fc1(gate))).sigmoid()
 
 
 class MBConv(nn.Module):
@@ -336,19 +342,35 @@ class MBConv(nn.Module):
         if x.ndim != self.rank + 2:
             raise ValueError(f"MBConv: x has shape {tuple(x.shape)}; a block of rank {self.rank} takes [B, *S, C]")
         skip = _skip(self.shortcut, x, valid)
+        x, valid = self._expanded(x, valid)
+        x = _planes(self.conv2_kxk(self.act(x), valid=valid))
+        valid = strided(valid, self._strides[1])
+        real = None if valid is None else valid.view(len(x), *x.shape[2:])
+        x = x if self.se_early is None else self.se_early(x, real)
+        x = self._projected(self.act(normed(self.norm2, x, valid)), real)
+        return _joined(skip, self.drop_path(self.ls(x)))
+
+    def _expanded(self, x: torch.Tensor, valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Tokens of the inner width before their activation, and which of them are real."""
+        joined = valid is None and self.down is None and not self.pre_activation
+        if joined and can_join(self.pre_norm, self.conv1_1x1, self.norm1, x):
+            return normed_map(self.pre_norm, self.conv1_1x1, self.norm1, x), None
         x = normed(self.pre_norm, _planes(x), valid)
         x = self.act(x) if self.pre_activation else x
         if self.down is not None:
             x, valid = _planes(self.down(_tokens(x, self.rank), valid)), strided(valid, self.down.stride)
         valid = strided(valid, self._strides[0])
-        x = self.act(normed(self.norm1, self.conv1_1x1(x), valid))
-        x = _planes(self.conv2_kxk(_tokens(x, self.rank), valid=valid))
-        valid = strided(valid, self._strides[1])
-        real = None if valid is None else valid.view(len(x), *x.shape[2:])
-        x = x if self.se_early is None else self.se_early(x, real)
-        x = self.act(normed(self.norm2, x, valid))
-        x = self.conv3_1x1(x if self.se is None else self.se(x, real))
-        return _joined(skip, self.drop_path(self.ls(_tokens(x, self.rank))))
+        return _tokens(normed(self.norm1, self.conv1_1x1(x), valid), self.rank), valid
+
+    def _projected(self, x: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+        """[B, inner, H, W], gated where the gate stands here -> tokens of the width that goes out."""
+        if self.se is None:
+            return _tokens(self.conv3_1x1(x), self.rank)
+        # weights of every image's own pay where they are smaller than its tokens
+        many = not torch.compiler.is_compiling() and math.prod(x.shape[2:]) >= self.out_dim
+        if many and type(self.conv3_1x1) is nn.Conv2d and unwatched(self.se, self.conv3_1x1):
+            return gated_map(self.conv3_1x1, _tokens(x, self.rank), self.se.gate(x, real)[..., 0, 0])
+        return _tokens(self.conv3_1x1(self.se(x, real)), self.rank)
 
 
 def strided(valid: torch.Tensor | None, stride: int) -> torch.Tensor | None:
