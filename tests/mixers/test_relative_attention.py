@@ -1,5 +1,6 @@
 """RelativeAttention against timm's CoAtNet attention at its own size and against a loop at every size."""
 
+import math
 from functools import partial
 
 import pytest
@@ -73,6 +74,41 @@ def test_is_timms_attention_that_widens_in_its_last_map(build, check, tokens, gr
     assert mixer.macs(grid) == (n := grid[0] * grid[1]) * (3 * DIM * DIM + DIM * out_dim) + 2 * n * n * DIM
     again = glocal.build(repr(mixer), DIM)
     assert {k: p.shape for k, p in again.named_parameters()} == {k: p.shape for k, p in mixer.named_parameters()}
+
+
+@pytest.mark.parametrize("size", [(3, 4), (5, 2)])
+def test_positions_from_an_mlp_are_a_table(build, check, tokens, size):
+    """What a padded batch and other sizes get is checked against attention with the table written out."""
+    mixer = build(spec_of((3, 4), position_mlp=7), DIM)
+    other = build(spec_of(size), DIM)
+
+    def oracle(x):
+        weights = dict(mixer.named_parameters())
+        first, second = (
+            (weights.pop(f"relative_position_mlp.{part}.weight"), weights.pop(f"relative_position_mlp.{part}.bias"))
+            for part in ("fc1", "fc2")
+        )
+        rows = []
+        for dy in range(1 - size[0], size[0]):
+            for dx in range(1 - size[1], size[1]):
+                place = [math.copysign(math.log(1 + abs(d)), d) for d in (dy, dx)]
+                hidden = (first[0] @ torch.tensor(place, dtype=torch.float64) + first[1]).relu()
+                rows.append(second[0] @ hidden + second[1])
+        table = torch.stack(rows, 1).unflatten(1, [2 * n - 1 for n in size])
+        return functional_call(other, {**weights, "relative_position_bias_table": table}, x)
+
+    check(mixer, oracle, tokens(2, *size, DIM))
+    assert "position_mlp=7" in repr(mixer) and mixer.relative_position_bias_table is None
+    valid = torch.zeros(1, *size, dtype=torch.bool)
+    valid[:, :2, :2] = True
+    x = tokens(1, *size, DIM)
+    padded = mixer(x, valid=valid)[:, :2, :2]
+    torch.testing.assert_close(padded, mixer(x[:, :2, :2]))
+
+
+def test_positions_from_an_mlp_are_refused_for_sequences():
+    with pytest.raises(ValueError, match=r"position_mlp: 4, takes offsets of two axes; grid_size is \(5,\)"):
+        glocal.build("RelativeAttention(grid_size=(5,), num_heads=2, position_mlp=4)", DIM)
 
 
 def resized(table, grid):

@@ -19,6 +19,11 @@ NAMES = {
     "coatnet_1_rw": 41_721_502,
     "coatnet_2_rw": 73_868_400,
     "coatnet_3_rw": 165_173_428,
+    "coatnet_rmlp_nano_rw": 15_145_116,
+    "coatnet_rmlp_0_rw": 27_446_074,
+    "coatnet_rmlp_1_rw2": 41_724_622,
+    "coatnet_rmlp_2_rw": 73_881_264,
+    "coatnet_rmlp_3_rw": 165_152_788,
 }
 SMALL = {"dims": (32, 64, 64, 96), "depths": (1, 2, 2, 1), "stem_dims": (8, 16), "num_classes": 5, "img_size": 64}
 
@@ -37,6 +42,7 @@ FAULTS = {
         ("attention widens at once", "inner_dim=dim)\n", "inner_dim=out_dim)\n"),
         ("attention blocks keep layer norms", "made.norm1, made.norm2 = make_norm(dim), make_norm(out_dim)", "pass"),
         ("the last norm is a layer norm", "norm=make_norm", "norm=nn.LayerNorm"),
+        ("positions have a table", "position_mlp=position_mlp,", "position_mlp=None,"),
         ("branches are not scaled", "layer_scale=layer_scale", "layer_scale=None"),
         ("number 0 strides in a convolution", '(2, 3, 7, 2), stride_in="pool")', "(2, 3, 7, 2))"),
     ),
@@ -53,6 +59,12 @@ FAULTS = {
         ("the last convolution has a bias", "nn.Conv2d(inner, out_dim, 1, bias=bias)", "nn.Conv2d(inner, out_dim, 1)"),
         ("the skip path's map has a bias", "nn.Linear(dim, out_dim, bias=bias)", "nn.Linear(dim, out_dim)"),
         ("squeeze-excite takes its width from what goes out", "if se_dim is None else se_dim", "if True else 0"),
+    ),
+    "mixers/relative_attention.py": (
+        ("offsets are those of a source", "torch.arange(1 - n, n, dtype", "-torch.arange(1 - n, n, dtype"),
+        ("offsets count linearly", "places.abs().log1p()", "places.abs()"),
+        ("rows and columns change places", "for n in grid]\n            pl", "for n in grid[::-1]]\n            pl"),
+        ("MLPs of positions are decayed", '_table", "relative_position_mlp")', '_table",)'),
     ),
     "backbone.py": (
         ("the stem's convolutions have as many channels", "dim if hidden_dim is None else hidden_dim", "dim"),
@@ -79,6 +91,13 @@ def small(name, dtype=torch.float64):
     )
     theirs = maxxvit.MaxxVit(config, img_size=64, num_classes=5).to(dtype)
     theirs.load_state_dict(SOURCES["timm"].write(ours.state_dict()), strict=True)
+    for part in theirs.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0  # in front of position biases, which here nothing drops
+        elif hasattr(part, "rel_coords_log"):  # which timm rounds to single precision
+            axes = [torch.arange(1 - n, n, dtype=dtype) for n in part.window_size]
+            offsets = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
+            part.rel_coords_log = offsets.sign() * (1 + offsets.abs()).log()
     return ours, theirs
 
 
@@ -117,7 +136,7 @@ def test_timm_has_the_same_names_and_parameters(name):
     assert sum(p.numel() for p in model.parameters()) == NAMES[name]
 
 
-@pytest.mark.parametrize("name", ["coatnet_nano_rw", "coatnet_bn_0_rw", "coatnet_3_rw"])
+@pytest.mark.parametrize("name", ["coatnet_nano_rw", "coatnet_bn_0_rw", "coatnet_3_rw", "coatnet_rmlp_2_rw"])
 def test_weights_are_read_from_a_file(tmp_path, name):
     ours, theirs = small(name)
     torch.save(theirs.state_dict(), tmp_path / "w.pth")
@@ -127,12 +146,31 @@ def test_weights_are_read_from_a_file(tmp_path, name):
 
 
 @pytest.mark.parametrize("size", [(200, 312), (97, 131)])
-@pytest.mark.parametrize("name", ["coatnet_0_rw", "coatnet_bn_0_rw"])
+@pytest.mark.parametrize("name", ["coatnet_0_rw", "coatnet_bn_0_rw", "coatnet_rmlp_2_rw"])
 def test_any_size(name, size):
     model = glocal.create_model(name, **SMALL).eval()
     maps = model.forward_intermediates(torch.randn(1, 3, *size), intermediates_only=True, norm=True)
     assert tuple(maps[-1].shape[2:]) == tuple(-(-side // 32) for side in size) and maps[-1].isfinite().all()
     assert model.feature_info.channels() == [16, 32, 64, 64, 96]
+
+
+@pytest.mark.parametrize("size", [(96, 128), (32, 64)])
+def test_position_mlps_know_every_size(size):
+    """Made for 64 pixels a side, called at another size, it is timm's network of that size with the same weights."""
+    ours, theirs = small("coatnet_rmlp_1_rw2")
+    theirs.set_input_size(size)
+    for part in theirs.modules():
+        if hasattr(part, "rel_coords_log"):
+            axes = [torch.arange(1 - n, n, dtype=torch.float64) for n in part.window_size]
+            offsets = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
+            part.rel_coords_log = offsets.sign() * (1 + offsets.abs()).log()
+    is_the_same(ours.eval(), theirs.eval(), torch.randn(2, 3, *size, dtype=torch.float64))
+
+
+def test_what_is_not_decayed():
+    model = glocal.create_model("coatnet_rmlp_1_rw2", **SMALL)
+    names = {name for name, _ in model.named_parameters() if "relative_position_mlp" in name}
+    assert len(names) == 12 and model.no_weight_decay() == names
 
 
 def test_one_layer_scale_a_branch_of_attention():
@@ -150,6 +188,7 @@ def test_one_layer_scale_a_branch_of_attention():
         ({"se_activation": "gelu"}, "^coatnet_0_rw: se_activation: 'gelu', must be 'silu' or 'relu'"),
         ({"se_early": 1}, "^coatnet_0_rw: se_early: 1, must be True or False"),
         ({"conv_bias": None}, "^coatnet_0_rw: conv_bias: None, must be True or False"),
+        ({"position_mlp": 0}, "^coatnet_0_rw: RelativeAttention: position_mlp: 0, must be a positive"),
         ({"dims": (48, 80, 80, 96)}, "^coatnet_0_rw: RelativeAttention: head_dim: 32 does not divide 80"),
     ],
 )

@@ -1,13 +1,14 @@
 """CoAtNet's relative attention: content plus a learned bias for each offset."""
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from glocal.aggregation import Aggregation, grid_positions
-from glocal.arguments import extents, flag, per_axis
+from glocal.arguments import extents, flag, per_axis, positive
 from glocal.kernels import biased_attention
 from glocal.mixers._attention import (
     Attention,
@@ -35,6 +36,8 @@ class RelativeAttention(Attention):
         qkv_bias: whether q, k and v have biases.
         position_bias: whether P is there; without it this is `SelfAttention`.
         after_softmax: A = softmax(q k^T / sqrt(D)) + P, the paper's "post" variant.
+        position_mlp: if given, P is no table, but what an MLP with so many hidden channels makes of
+            sign(d)*log(1 + |d|), d the offset along each of two axes, as in timm's "rmlp" networks.
 
     Shape:
         x [B, *S, C] -> [B, *S, out_dim], any S. `relative_position_bias_table` [heads, *(2*grid_size - 1)], entry
@@ -46,7 +49,9 @@ class RelativeAttention(Attention):
         ValueError: heads that do not divide the channels.
 
     Source: Dai et al., CoAtNet, NeurIPS 2021, arXiv 2106.04803, section 2.1 (y_pre and y_post) and appendix A.1.
-    Differs from the paper: nothing; the official table is indexed by source - query, which mirrors it.
+    The MLP after Liu et al., Swin Transformer V2, CVPR 2022, arXiv 2111.09883, section 3.3.
+    Differs from the paper: nothing; the official table is indexed by source - query, which mirrors it. timm drops
+    hidden channels of the MLP in training.
     """
 
     examples = (
@@ -55,7 +60,7 @@ class RelativeAttention(Attention):
         "RelativeAttention(grid_size=(16,), num_heads=4, qkv_bias=False)",
         "RelativeAttention(grid_size=(8, 8), num_heads=4, position_bias=False)",
     )
-    undecayed = ("relative_position_bias_table",)
+    undecayed = ("relative_position_bias_table", "relative_position_mlp")
 
     def __init__(
         self,
@@ -69,6 +74,7 @@ class RelativeAttention(Attention):
         qkv_bias: bool = True,
         position_bias: bool = True,
         after_softmax: bool = False,
+        position_mlp: int | None = None,
     ) -> None:
         if isinstance(grid_size, int):
             raise ValueError(
@@ -88,8 +94,17 @@ class RelativeAttention(Attention):
         self.grid_size = per_axis("grid_size", grid_size, len(grid_size))
         self.after_softmax = flag("after_softmax", after_softmax)
         self.position_bias = flag("position_bias", position_bias)
-        sides = [2 * n - 1 for n in grid_size]
-        self.relative_position_bias_table = table_parameter(self.num_heads, *sides) if position_bias else None
+        self.position_mlp, self.relative_position_mlp = position_mlp, None
+        sides, table = [2 * n - 1 for n in grid_size], position_bias and position_mlp is None
+        self.relative_position_bias_table = table_parameter(self.num_heads, *sides) if table else None
+        if position_bias and position_mlp is not None:
+            if len(grid_size) != 2:
+                raise ValueError(f"position_mlp: {position_mlp}, takes offsets of two axes; grid_size is {grid_size}")
+            first, second = (
+                nn.Linear(2, positive("position_mlp", position_mlp)),
+                nn.Linear(position_mlp, self.num_heads),
+            )
+            self.relative_position_mlp = nn.Sequential(OrderedDict(fc1=first, act=nn.ReLU(), fc2=second))
 
     def scores(self, x: Tensor, *, valid: Tensor | None = None, queries: Tensor | None = None) -> dict[str, Tensor]:
         scores = {"content": self._content(x, queries)}
@@ -140,12 +155,17 @@ class RelativeAttention(Attention):
         """[B|1, heads, N, N]: the table at this size, or at each image's own."""
         grid = tuple(x.shape[1:-1])
         tables = self._table(grid, valid)
-        if valid is None:
+        if tables.dim() == 1 + len(grid):
             return relative_bias(tables, grid, queries=queries)[None]
         return relative_bias(tables.flatten(0, 1), grid, queries=queries).unflatten(0, tables.shape[:2])
 
     def _table(self, grid: Sequence[int], valid: Tensor | None) -> Tensor:
         """[heads, *(2*S - 1)] at this size, or [B, ...] at each image's own."""
+        if self.relative_position_mlp is not None:
+            like = next(self.relative_position_mlp.parameters())
+            offsets = [torch.arange(1 - n, n, dtype=like.dtype, device=like.device) for n in grid]
+            places = torch.stack(torch.meshgrid(*offsets, indexing="ij"), -1)
+            return self.relative_position_mlp(places.sign() * places.abs().log1p()).movedim(-1, 0)
         assert self.relative_position_bias_table is not None
         if valid is None:
             return resized_bias(self.relative_position_bias_table, grid)

@@ -36,6 +36,7 @@ class CoAtNetRw(Hybrid):
         shortcut_bias: whether the skip path of attention blocks has.
         norm: of attention blocks and in front of the mean, "layer" or "batch".
         layer_scale: first value of factors on the branches of attention blocks; None: there are none.
+        position_mlp: hidden channels of the MLPs that stand for tables of position biases; None: there are tables.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0 in the first.
 
     Shape:
@@ -68,6 +69,7 @@ class CoAtNetRw(Hybrid):
         shortcut_bias: bool = True,
         norm: Literal["layer", "batch"] = "layer",
         layer_scale: float | None = None,
+        position_mlp: int | None = None,
         drop_path_rate: float = 0,
     ) -> None:
         hidden, stem_dim = per_stage("stem_dims", stem_dims, 2)
@@ -88,7 +90,15 @@ class CoAtNetRw(Hybrid):
         def block(letter: str, dim: int, grid: tuple[int, ...], out_dim: int, **place: Any) -> nn.Module:
             if letter == "C":
                 return MBConv(dim, out_dim, inner_dim=4 * dim, se_dim=dim, **convolution, **place)
-            attention = build("RelativeAttention", dim, grid_size=grid, head_dim=32, out_dim=out_dim, inner_dim=dim)
+            attention = build(
+                "RelativeAttention",
+                dim,
+                grid_size=grid,
+                head_dim=32,
+                out_dim=out_dim,
+                inner_dim=dim,
+                position_mlp=position_mlp,
+            )
             made = Block(
                 dim, attention, out_dim=out_dim, pool="avg", layer_scale=layer_scale, bias=shortcut_bias, **place
             )
@@ -116,18 +126,25 @@ class CoAtNetRw(Hybrid):
 
 
 _SMALL: dict[str, Any] = {"dims": (64, 128, 256, 512), "pre_activation": False, "conv_bias": True}
-_MIDDLE: dict[str, Any] = {
-    "dims": (96, 192, 384, 768), "se_early": True, "se_activation": "relu", "shortcut_bias": False
-}  # fmt: skip
+_MIDDLE: dict[str, Any] = {"dims": (96, 192, 384, 768), "se_activation": "relu"}
+_EARLY: dict[str, Any] = {"se_early": True, "shortcut_bias": False}  # the first to be trained
+_LARGE: dict[str, Any] = {"depths": (2, 6, 14, 2), "layer_scale": 1e-6}
 
 MODELS: dict[str, Callable[..., Classifier]] = {
     "coatnet_pico_rw": partial(CoAtNetRw, **_SMALL, depths=(2, 3, 5, 2)),
     "coatnet_nano_rw": partial(CoAtNetRw, **_SMALL, depths=(3, 4, 6, 3), stride_in="pool"),
-    "coatnet_0_rw": partial(CoAtNetRw, **_MIDDLE, depths=(2, 3, 7, 2), stride_in="pool"),
-    "coatnet_bn_0_rw": partial(CoAtNetRw, **_MIDDLE, depths=(2, 3, 7, 2), norm="batch"),
-    "coatnet_1_rw": partial(CoAtNetRw, **_MIDDLE, depths=(2, 6, 14, 2)),
+    "coatnet_0_rw": partial(CoAtNetRw, **_MIDDLE, **_EARLY, depths=(2, 3, 7, 2), stride_in="pool"),
+    "coatnet_bn_0_rw": partial(CoAtNetRw, **_MIDDLE, **_EARLY, depths=(2, 3, 7, 2), norm="batch"),
+    "coatnet_1_rw": partial(CoAtNetRw, **_MIDDLE, **_EARLY, depths=(2, 6, 14, 2)),
     "coatnet_2_rw": partial(CoAtNetRw, dims=(128, 256, 512, 1024), depths=(2, 6, 14, 2), stem_dims=(64, 128)),
-    "coatnet_3_rw": partial(
-        CoAtNetRw, dims=(192, 384, 768, 1536), depths=(2, 6, 14, 2), stem_dims=(96, 192), layer_scale=1e-6
+    "coatnet_3_rw": partial(CoAtNetRw, **_LARGE, dims=(192, 384, 768, 1536), stem_dims=(96, 192)),
+    "coatnet_rmlp_nano_rw": partial(CoAtNetRw, **_SMALL, depths=(3, 4, 6, 3), position_mlp=384),
+    "coatnet_rmlp_0_rw": partial(CoAtNetRw, **_MIDDLE, depths=(2, 3, 7, 2), position_mlp=512),
+    "coatnet_rmlp_1_rw2": partial(CoAtNetRw, **_MIDDLE, depths=(2, 6, 14, 2), position_mlp=512),
+    "coatnet_rmlp_2_rw": partial(
+        CoAtNetRw, **_LARGE, dims=(128, 256, 512, 1024), stem_dims=(64, 128), position_mlp=512
+    ),
+    "coatnet_rmlp_3_rw": partial(
+        CoAtNetRw, **_LARGE, dims=(192, 384, 768, 1536), stem_dims=(96, 192), position_mlp=512
     ),
 }
