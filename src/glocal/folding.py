@@ -22,7 +22,7 @@ def can_join(first: nn.Module, conv: nn.Module, second: nn.Module, x: Tensor) ->
 
     torch.compile joins passes by itself, and lower precisions would round statistics.
     """
-    norms, kept = (first, second), x.dtype in (torch.float32, torch.float64)
+    norms, kept = (first, second), x.dtype in (torch.float32, torch.float64) and not x.is_meta
     if torch.compiler.is_compiling() or not kept or torch.is_autocast_enabled(x.device.type):
         return False
     if type(conv) is not nn.Conv2d or conv.bias is not None or conv.stride != (1, 1) or not unwatched(conv, *norms):

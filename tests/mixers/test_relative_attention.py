@@ -279,7 +279,7 @@ def test_the_librarys_mask_stays_finite_in_float16(build, monkeypatch, autocast)
 FAULTS = (
     (
         "without a position bias there is still a table",
-        "table_parameter(self.num_heads, *sides) if position_bias else None",
+        "table_parameter(self.num_heads, *sides) if table else None",
         "table_parameter(self.num_heads, *sides)",
     ),
     (

@@ -42,8 +42,8 @@ FAULTS = {
     ),
     "models/keys/coatnet.py": (
         ("heads' queries, keys and values stay together", "(heads, 3, -1)", "(3, heads, -1)"),
-        ("tables are transposed", "table.T.unflatten(1, (side, side))", "table.T.unflatten(1, (side, side)).mT"),
-        ("a table of any length is read", "if side**2 != len(table):", "if False:"),
+        ("tables are transposed", ".T.unflatten(1, (side, side))", ".T.unflatten(1, (side, side)).mT"),
+        ("a table of any length is read", "if side**2 != len(found[name]):", "if False:"),
         ("heads need not fit", "if len(found[part]) % (3 * heads):", "if False:"),
         ("the last stages have no names", "_STAGES = range(8)", "_STAGES = range(3)"),
         ("biases of projections stay as they are", '("weight", "bias")', '("weight",)'),

@@ -39,7 +39,7 @@ FAULTS = {
         ("the stem has GELU", "        stem.act = nn.SiLU()\n", ""),
         ("the stem's convolutions have as many channels", "hidden_dim=hidden", "hidden_dim=None"),
         ("blocks widen from what goes out", "inner_dim=4 * dim, se", "inner_dim=4 * out_dim, se"),
-        ("attention widens at once", "inner_dim=dim)\n", "inner_dim=out_dim)\n"),
+        ("attention widens at once", "inner_dim=dim,\n", "inner_dim=out_dim,\n"),
         ("attention blocks keep layer norms", "made.norm1, made.norm2 = make_norm(dim), make_norm(out_dim)", "pass"),
         ("the last norm is a layer norm", "norm=make_norm", "norm=nn.LayerNorm"),
         ("positions have a table", "position_mlp=position_mlp,", "position_mlp=None,"),
