@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 import glocal
 from glocal.models.keys.volo import to_timm
-from glocal.models.volo import drawn_box
+from glocal.models.volo import drawn_box, mixed
 
 SMALL = {"dims": (16, 24), "num_heads": (2, 3), "depths": (1, 1, 2, 1), "stem_dim": 8, "num_classes": 5}
 
@@ -99,6 +99,14 @@ def test_a_box_reaches_fine_tokens_of_its_rows_and_columns():
     expected = torch.where(inside[:, :, None], x.flip(0), x)
     assert_close(given[-1], expected)
     assert scores.shape == (2, 5 * 3, 5) and torch.equal(x, model.stem(image))
+
+
+def test_mixing_twice_gives_the_batch_back():
+    x = torch.randn(3, 4, 5, 2)
+    kept = x.clone()
+    once = mixed(x, (1, 0, 3, 2))
+    assert not torch.equal(once, x) and torch.equal(x, kept)
+    assert torch.equal(mixed(once, (1, 0, 3, 2)), x)
 
 
 def test_boxes():
