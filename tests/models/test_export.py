@@ -10,10 +10,13 @@ import glocal
 PYRAMID = {"depths": (1, 1), "dims": (8, 16), "num_classes": 3}
 STAGES = {"depths": (1, 1, 1, 1), "dims": (4, 4, 8, 8), "num_classes": 3}
 WINDOWS = {**PYRAMID, "num_groups": (2, 2), "kernel_size": 4, "depths": (1, 2)}
+VOLO = {"dims": (8, 12), "depths": (1, 1, 1, 1), "num_heads": (2, 2), "stem_dim": 4, "num_classes": 3, "img_size": 48}
+FOCAL = {**PYRAMID, "num_heads": (2, 2), "window_size": 3, "expand_size": 1, "focal_windows": (3, 1), "img_size": 64}
 LESA = {**STAGES, "num_groups": 2, "img_size": 64}
 
 FAULTS = {
     "models/vit.py": (("a program has one batch", "cls_token.expand(x.shape[0], ", "cls_token.expand(len(x), "),),
+    "models/volo.py": (("a program has one batch", "cls_token.expand(x.shape[0], ", "cls_token.expand(len(x), "),),
     "models/parts.py": (
         (
             "a program has one size",
@@ -41,6 +44,9 @@ def slow(name, arguments):
         slow("i_d_dwnet_tiny", {**PYRAMID, "num_groups": (4, 4)}),
         slow("local_mlp_tiny", WINDOWS),
         slow("local_mlp_tiny_shared_positions", WINDOWS),
+        slow("volo_d1", VOLO),
+        slow("focal_tiny", FOCAL),
+        slow("focal_tiny_paper", FOCAL),
         slow("lesa_resnet50", LESA),
         slow("lesa_resnet50_detection", LESA),
         slow("all_attention_quadratic", {"dim": 8, "depth": 2, "num_heads": 2}),

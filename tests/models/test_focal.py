@@ -190,6 +190,25 @@ def test_is_the_released_network(native, size, arguments):
     assert (single - found[1][0]).abs().max() <= 1e-4 * found[1][0].abs().max()
 
 
+@pytest.mark.parametrize(
+    ("native", "windows"),
+    [
+        (32, [(3, 1), (3, 1)]),
+        ((48, 24), [(3, 1), (3, 0)]),  # one window wide
+        ((24, 48), [(3, 1), (3, 0)]),
+        ((16, 24), [(3, 1), (2, 0)]),
+        ((20, 28), [(3, 1), (3, 0)]),  # 5 tokens, then 3
+        (8, [(2, 0), (1, 0)]),
+    ],
+)
+def test_windows_are_made_for_a_size(native, windows):
+    """Sides and rings: as in the release, of the shorter side alone, and never longer than it."""
+    model = small(img_size=native)
+    assert [(s.blocks[0].attn.window_size, s.blocks[0].attn.expand_size) for s in model.layers] == windows
+    assert [s.blocks[0].attn.focal_window for s in model.layers] == [5, 3]
+    assert [s.blocks[0].attn.num_heads for s in model.layers] == [2, 3]
+
+
 def test_the_papers_variant():
     """The same parameters; its attention is the paper's, and its pooling starts as the mean."""
     ours, paper = at_random(small()), small("focal_tiny_paper")

@@ -86,7 +86,7 @@ class ClassBlocks(Blocks):
         self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, dim), std=0.02))
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(1, 2)], 1)
+        tokens = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)], 1)
         return super().forward(tokens, grid=tuple(x.shape[1:3]))
 
 
