@@ -189,6 +189,13 @@ def test_chunks_are_formed_again_in_the_precision_of_the_forward_pass(tokens, sm
 
 
 @pytest.mark.parametrize("arguments", [CLASSIFICATION, DETECTION])
+def test_shapes_alone_of_many_tokens(small_chunks, arguments):
+    mixer = glocal.build(spec_of(**arguments), DIM)
+    x = torch.zeros(2, 3, 4, DIM, device="meta", requires_grad=True)
+    assert mixer.to("meta")(x).shape == x.shape
+
+
+@pytest.mark.parametrize("arguments", [CLASSIFICATION, DETECTION])
 def test_one_token(build, check, tokens, arguments):
     mixer = build(spec_of(**arguments), DIM).train()
     check(mixer, by_hand(mixer), tokens(3, 1, 1, DIM))
@@ -521,6 +528,7 @@ FAULTS = {
         ),
     ),
     "mixers/_position_maps.py": (
+        ("shapes alone are formed in chunks", "tensors[0].is_meta or count", "count"),
         ("only the last chunk has a gradient", "total += more", "total.copy_(more)"),
         ("all chunks get the first one's gradient", "grad[:, :, start:end]", "grad[:, :, : end - start]"),
         ("a second derivative takes the first as constant", "again = torch.is_grad_enabled()", "again = False"),

@@ -20,9 +20,10 @@ def in_chunks(rows: Callable[..., Tensor], count: int, width: int, *tensors: Ten
     """rows(start, end, *tensors) for all of `count` queries, joined on axis 2; each has `width` entries of a map.
 
     Above ENTRIES in all, only a chunk's maps are held at a time, in the backward pass too: it forms them anew.
-    A program that is compiled or exported has one chunk, since their number would depend on sizes.
+    A program that is compiled or exported has one chunk, since their number would depend on sizes; so have shapes
+    alone, on the meta device.
     """
-    if torch.compiler.is_compiling() or count * width <= ENTRIES:
+    if torch.compiler.is_compiling() or tensors[0].is_meta or count * width <= ENTRIES:
         return rows(0, count, *tensors)
     size = max(1, ENTRIES // width)
     chunks = [(start, min(start + size, count)) for start in range(0, count, size)]
