@@ -30,7 +30,14 @@ FAULTS = {
         ("single images are batches", "if x.dim() != len(layer.kernel_size) + 2:", "if False:"),
     ),
     "adapters/__init__.py": (("convolutions are always there", "    if convolutions:", "    if True:"),),
-    "mixers/_library.py": (("shares are of squares", ".sum((0, 1)).sqrt()", ".sum((0, 1))"),),
+    "mixers/_library.py": (
+        ("shares are of squares", ".sum((1, 2)).sqrt()", ".sum((1, 2))"),
+        ("groups are those of other channels", ".unflatten(0, (groups, -1)).square()",
+         ".unflatten(0, (-1, groups)).transpose(0, 1).square()"),
+    ),
+    "analysis/maps.py": (
+        ("taps change places", "found.index.permute(0, 3, 2, 1)", "found.index.permute(0, 3, 2, 1).flip(-1)"),
+    ),
 }  # fmt: skip
 
 LAYERS = [
@@ -80,26 +87,35 @@ def test_positions_are_in_tokens_of_the_output():
     assert found.source_positions.tolist() == [[i / 2, j] for i in range(4) for j in range(5)]
 
 
-def test_taps_say_how_much_of_the_kernel_they_hold():
-    layer, ours = nn.Conv2d(4, 6, 3, padding=1, groups=2), glocal.build("Convolution(out_dim=6, groups=2)", 4)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_page_shows_the_kernel_of_each_group(groups):
+    """By the norm of its weights at each tap, where the tap reads; borders lose what falls outside."""
+    layer = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=groups)
+    ours = glocal.build(f"Convolution(out_dim=6, stride=2, groups={groups})", 4)
     with torch.no_grad():
-        layer.weight[:, :, 0, 1] *= 5
-        ours.weight.copy_(layer.weight)
-    ours.bias.data.copy_(layer.bias)
-    norms = torch.stack([layer.weight[:, :, i, j].norm() for i in range(3) for j in range(3)]).detach()
-    shares = []
-    for part, x in ((layer, torch.randn(1, 4, 5, 5)), (ours, torch.randn(1, 5, 5, 4))):
+        layer.weight[:3, :, 0, 1] *= 5
+        ours.weight.copy_(layer.weight), ours.bias.copy_(layer.bias)
+    for part, x in ((layer, torch.randn(1, 4, 5, 6)), (ours, torch.randn(1, 5, 6, 4))):
         with torch.no_grad(), glocal.inspect(part, convolutions=True) as seen:
             part(x)
         (found,), refused = maps(list(seen))
-        assert not refused and found.heads == 9 and found.kind == "weights"
-        shares.append(found.shares["kernel share"])
-        assert shares[-1] == pytest.approx((norms / norms.sum()).tolist(), rel=1e-5)
+        assert not refused and (found.kind, found.heads, found.kernel) == ("weights", groups, True)
+        assert found.error < 1e-6
+        for group in range(groups):
+            own = layer.weight.detach()[group * 6 // groups : (group + 1) * 6 // groups]
+            norms = torch.stack([own[:, :, i, j].norm() for i in range(3) for j in range(3)])
+            assert found.rows[0].codes[group, 0] == pytest.approx((norms / norms.sum()).numpy(), rel=1e-5)
+        reads = found.index[0][0]  # the query in the second row and column reads around the token (2, 2)
+        assert reads[3 + 1].tolist() == [6 * i + j for i in (1, 2, 3) for j in (1, 2, 3)]
+        assert reads[0].tolist() == [-1, -1, -1, -1, 0, 1, -1, 6, 7]
+
+
+def test_a_page_shows_every_channel_of_a_depthwise_kernel():
     depthwise = nn.Conv2d(4, 4, 3, groups=4)
     with torch.no_grad(), glocal.inspect(depthwise, convolutions=True) as seen:
         depthwise(torch.randn(1, 4, 5, 5))
     (found,), _ = maps(list(seen))
-    assert not found.shares and found.heads == 4 and found.kind == "signed"
+    assert not found.kernel and found.heads == 4 and found.kind == "signed"
     assert found.rows[0].codes == pytest.approx(
         depthwise.weight.detach().flatten(2).movedim(1, 0).numpy().reshape(4, 1, 9)
     )

@@ -51,14 +51,18 @@ class Call:
         return math.prod(self.output.shape[1:-1])
 
     def shares(self) -> dict[str, Tensor]:
-        """Further numbers of each head, [G], by name.
+        """Further numbers of each head, [G], by name."""
+        return {}
 
-        "kernel share" of a dense convolution, whose heads are its taps: the norm of all weights at the tap (Frobenius,
-        over both kinds of channels), over the sum of the taps' norms.
+    def kernel_shares(self) -> Tensor | None:
+        """Of a convolution whose heads are its taps, each with weight 1: how much of the kernel each tap holds,
+        [groups, K], rows sum to 1. None for any other operator.
+
+        By the norm of all weights at the tap (Frobenius, over the group's channels of both kinds).
         """
         mixer: Any = self.mixer
         norms = mixer.kernel_norms() if hasattr(mixer, "kernel_norms") else None
-        return {} if norms is None else {"kernel share": norms / norms.sum().clamp(min=1e-30)}
+        return None if norms is None else norms / norms.sum(-1, keepdim=True).clamp(min=1e-30)
 
     def weights(self, queries: Tensor | None = None) -> Aggregation:
         """The aggregation weights of this call, for all queries or some (int64 [Q], in the flattened output).

@@ -55,7 +55,7 @@ class SeenConvolution(TokenMixer):
 
     With as many groups as channels each output channel is a head, and its kernel the weights, as of `DepthwiseConv`:
     [1, C_out, 1, K]. Else every tap is a head that reads one place with weight 1, as of `Convolution`: [1, K, N, 1],
-    and what it learned is in `project`; how much that is, `shares` says.
+    and what it learned is in `project`; `kernel_norms` say how much that is.
     """
 
     def __init__(self, layer: Any) -> None:
@@ -105,8 +105,8 @@ class SeenConvolution(TokenMixer):
         return mixed if layer.bias is None else mixed + layer.bias
 
     def kernel_norms(self) -> Tensor | None:
-        """The norm of all weights at each tap, [K]; None where heads are channels."""
-        return None if self._depthwise else tap_norms(self.layer.weight)
+        """The norm of a group's weights at each tap, [groups, K]; None where heads are channels."""
+        return None if self._depthwise else tap_norms(self.layer.weight, self.layer.groups)
 
     def out_grid(self, grid: Sequence[int]) -> tuple[int, ...]:
         lengths = zip(grid, self._sides, self._reach, self.layer.stride, strict=True)

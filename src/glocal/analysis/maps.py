@@ -6,6 +6,9 @@ enough (16 bits, or 32), and the content as how far it lies below the highest th
 as the weight falls. Where they are a mixture, so are the parts, each coded as weights are. `codes.py` has the
 arithmetic.
 
+A dense convolution's heads are its taps, of one place each. They are stored as one head for each group, with the share
+of the kernel's norm that a tap holds as its weight: nothing is rebuilt from that, but from the taps it is.
+
 Shape letters: B images, G heads, N queries, M sources, K weights stored per query; Q queries that are stored.
 """
 
@@ -66,6 +69,7 @@ class Map:
         distance, entropy: of every head, the mean over queries and images; None where there is none.
         shares: further numbers by name, one a head.
         centers, precision: of heads that have them, [G, 2] and [G, 2, 2], in tokens.
+        kernel: whether heads are groups of a dense convolution, and weights what taps hold of its kernel.
     """
 
     name: str
@@ -85,6 +89,7 @@ class Map:
     shares: dict[str, list[float]] = field(default_factory=dict)
     centers: np.ndarray | None = None
     precision: np.ndarray | None = None
+    kernel: bool = False
 
 
 def maps(calls: Sequence[Call], *, budget: int = BUDGET) -> tuple[list[Map], dict[str, str]]:
@@ -148,7 +153,7 @@ def _map(name: str, call: Call, stride: int) -> Map:
         whole = None if stride > 1 else call.weights()
         places = _query_places(call) if whole is None else _places_of_queries(whole)
         chosen = None if whole is not None else torch.tensor(_every(places, stride), device=call.x.device)
-        found = call.weights(chosen) if whole is None else whole
+        found = _kernels(call, call.weights(chosen) if whole is None else whole)
         heads = found.num_groups
         kind, terms, found, rows, table = _rows(call, found, chosen)
         index = [] if found.index is None else [i.to("cpu", torch.int32).numpy() for i in found.index]
@@ -171,6 +176,7 @@ def _map(name: str, call: Call, stride: int) -> Map:
             shares={share: values.tolist() for share, values in _shares(call, chosen).items()},
             centers=centers,
             precision=precision,
+            kernel=call.kernel_shares() is not None,
         )
 
 
@@ -205,6 +211,14 @@ def _rows(
         found = replace(found, weights=torch.where(found.index < 0, 0, found.weights))
     rows = [coded_weights(w, signed, shared=shared) for w in found.weights]
     return "signed" if signed else "weights", (), found, rows, []
+
+
+def _kernels(call: Call, found: Aggregation) -> Aggregation:
+    """Taps that are heads, each with weight 1, as one head for each group: its kernel, by what each tap holds of it."""
+    shares = call.kernel_shares()
+    if shares is None or found.index is None:
+        return found
+    return replace(found, weights=shares[None, :, None].to(found.weights), index=found.index.permute(0, 3, 2, 1))
 
 
 def _two_parts(call: Call, chosen: Tensor | None) -> dict[str, tuple[Tensor, Tensor]]:

@@ -78,6 +78,6 @@ def out_lengths(grid: Sequence[int], stride: int) -> tuple[int, ...]:
     return tuple((n + stride - 1) // stride for n in grid)
 
 
-def tap_norms(weight: Tensor) -> Tensor:
-    """Of a kernel [C_out, C / groups, *taps], the norm of all weights at each tap: [K]."""
-    return weight.detach().double().flatten(2).square().sum((0, 1)).sqrt()
+def tap_norms(weight: Tensor, groups: int) -> Tensor:
+    """Of a kernel [C_out, C / groups, *taps], the norm of a group's weights at each tap: [groups, K]."""
+    return weight.detach().double().flatten(2).unflatten(0, (groups, -1)).square().sum((1, 2)).sqrt()

@@ -115,8 +115,8 @@ class Convolution(TokenMixer):
         )
 
     def kernel_norms(self) -> Tensor:
-        """The norm of all weights at each tap: [K]."""
-        return tap_norms(self.weight)
+        """The norm of a group's weights at each tap: [groups, K]."""
+        return tap_norms(self.weight, self.groups)
 
     def out_grid(self, grid: Sequence[int]) -> tuple[int, ...]:
         return out_lengths(grid, self.stride)

@@ -68,7 +68,7 @@ def explorer(
         "explorer.html",
         title=title,
         notes=list(notes),
-        dense=any("kernel share" in layer.shares for layer in layers),
+        kernels=[layer.name for layer in layers if layer.kernel],
         mixtures=[layer.name for layer in layers if layer.kind == "mixture"],
         refused=refused or {},
         worst=max(layer.error for layer in layers),
