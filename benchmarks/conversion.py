@@ -15,6 +15,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from memory import peak_bytes
 from torch import nn
 
 import glocal
@@ -150,13 +151,15 @@ def times_table(rounds: int) -> list[str]:
     lines = [
         "\n## Times\n",
         f"Forward, float32, 2 images of 224 x 224, 2 threads, no gradients, in turn, {rounds} rounds; ms, least and "
-        "median. Off the grid every centre is moved by up to 0.3 along each axis.\n",
-        "| network | convolution | channels last | attention on the grid | ratio | off the grid | ratio |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "median. Off the grid every centre is moved by up to 0.3 along each axis. Memory: the largest sum of tensors "
+        "alive during the call beyond the network and its input, by torch's profiler; MiB, convolution, on the grid, "
+        "off it.\n",
+        "| network | convolution | channels last | attention on the grid | ratio | off the grid | ratio | memory |",
+        "|---|---:|---:|---:|---:|---:|---:|---|",
     ]
     x = torch.randn(2, 3, 224, 224)
     last = x.contiguous(memory_format=torch.channels_last)
-    for name in ("resnet18", "resnet50"):
+    for name in ("resnet18", "resnet50", "convnext_tiny.fb_in1k"):
         before = network(name)
         on, off = glocal.to_attention(before), glocal.to_attention(before)
         for part in off.modules():
@@ -173,7 +176,11 @@ def times_table(rounds: int) -> list[str]:
         least, median = [min(t) for t in times], [statistics.median(t) for t in times]
         cells = [f"{a:.0f}, {b:.0f}" for a, b in zip(least, median, strict=True)]
         ratio = [f"{a / least[0]:.2f}, {b / median[0]:.2f}" for a, b in zip(least, median, strict=True)]
-        lines.append(f"| {name} | {cells[0]} | {cells[1]} | {cells[2]} | {ratio[2]} | {cells[3]} | {ratio[3]} |")
+        held = [peak_bytes(lambda net=net: net(x)) / 2**20 for net in (before, on, off)]
+        memory = ", ".join(f"{mib:.0f}" for mib in held)
+        lines.append(
+            f"| {name} | {cells[0]} | {cells[1]} | {cells[2]} | {ratio[2]} | {cells[3]} | {ratio[3]} | {memory} |"
+        )
     return lines
 
 
