@@ -42,7 +42,7 @@ FAULTS = {
         ("each image's table is the first's", "rows * row * heads if tables > 1 else 0", "0"),
         ("a window more has no program", "n // window + (self.shift > 0)", "n // window"),
     ],
-    "src/glocal/kernels/neighborhood_attention.py": [
+    "kernels/neighborhood_attention.py": [
         (
             "what lies behind an image's end has any gradient",
             "grads = [t.zero_() for t in grads]",

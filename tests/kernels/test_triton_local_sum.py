@@ -48,7 +48,7 @@ FAULTS = {
         ("a part of the rows is counted twice", "begin = part % parts * rows", "begin = part % parts * (rows - 1)"),
         ("the bias is forgotten", "            value += more", "            value += more * 0"),
     ],
-    "src/glocal/kernels/local_sum.py": [
+    "kernels/local_sum.py": [
         ("calls on a GPU stay in plain PyTorch", "    if not gpu.takes(x):\n        return None", "    return None"),
     ],
 }
