@@ -209,6 +209,13 @@ def test_windows_are_made_for_a_size(native, windows):
     assert [s.blocks[0].attn.num_heads for s in model.layers] == [2, 3]
 
 
+def test_options():
+    block = small(mlp_ratio=3, qkv_bias=False, patch_size=2, in_chans=1).layers[1].blocks[0]
+    assert block.mlp.fc1.out_features == 36 and block.attn.qkv.bias is None
+    named = glocal.create_model("focal_tiny", dims=(64, 96), depths=(1, 1), focal_windows=(3, 1))
+    assert [stage.blocks[0].attn.num_heads for stage in named.layers] == [2, 3]
+
+
 def test_the_papers_variant():
     """The same parameters; its attention is the paper's, and its pooling starts as the mean."""
     ours, paper = at_random(small()), small("focal_tiny_paper")
