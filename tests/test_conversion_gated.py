@@ -140,6 +140,14 @@ def test_is_taken_back_while_gates_are_shut(encoding):
                 glocal.to_convolution(found)
 
 
+def test_kernels_that_ours_are_none_of_are_taken_back_whole():
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 2, padding=1, padding_mode="reflect"), nn.ReLU(), nn.Conv2d(4, 4, (2, 3), (1, 2))
+    )
+    back = glocal.to_convolution(glocal.to_attention(net, gated=True))
+    assert repr(back) == repr(net) and torch.equal(back[2].weight, net[2].weight)
+
+
 def test_ours_become_ours_and_back():
     for layer in (Convolution(8, kernel_size=3, out_dim=6, stride=2), DepthwiseConv(8, kernel_size=(3, 5))):
         layer.eval()
