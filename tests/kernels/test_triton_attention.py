@@ -8,7 +8,7 @@ import torch
 
 from glocal.kernels import biased_attention, neighborhood_attention, window_attention
 
-from .on_gpu import COMPILE, DEVICE, MOST_SHARED, POINTER, RUN, SHORT, TARGETS, compiled, kernels_run  # noqa: F401
+from .on_gpu import COMPILE, DEVICE, RUN, SHORT, TARGETS, compiled, fits, kernels_run  # noqa: F401
 
 FAULTS = {
     "kernels/triton/attention.py": [
@@ -328,37 +328,53 @@ def test_larger_shapes(kind, dtype):
     agree(*LARGER[kind](), dtype)
 
 
-LAYOUTS = ("shifted", "window", "whole")
-KERNELS = ("_forward", "_backward_queries", "_backward_sources", "_backward_pairs", "_sum_pairs")
-SOME = [("shifted", torch.bfloat16, 90), ("window", torch.float16, 80), ("whole", torch.float32, 80)]
-ALL = list(itertools.product(LAYOUTS, SHORT, TARGETS))
+REAL = {
+    "neighborhood": lambda: neighborhood_call((28, 28), 3, (7, 7), "shifted"),
+    "window": lambda: window_call((28, 28), 3, (7, 7), 3),
+    "whole grid": lambda: whole_call((14, 14), 4),
+    "sequence of one": lambda: neighborhood_call((1,), 1, (1,), "masked"),
+}
+SOME = [
+    ("neighborhood", torch.bfloat16, 90),
+    ("window", torch.float16, 80),
+    ("whole grid", torch.float32, 80),
+    ("sequence of one", torch.bfloat16, 90),
+]
+ALL = list(itertools.product(REAL, SHORT, TARGETS))
+
+
+def neighborhood_call(grid, heads, kernel, border):
+    shape = (1, *grid, heads, 32)
+    options = {"kernel_size": kernel, "border": border}
+    tensors = [torch.zeros(shape), torch.zeros(shape), torch.zeros(shape)]
+    tensors.append(torch.zeros(heads, *[2 * k - 1 for k in kernel]))
+    return lambda q, k, v, bias: neighborhood_attention(q, k, v, bias, **options), tensors
+
+
+def window_call(grid, heads, window, shift):
+    tensors = [torch.zeros(1, *grid, 96 * heads), torch.zeros(math.prod(2 * w - 1 for w in window), heads)]
+    options = {"num_heads": heads, "window_size": window, "shift_size": shift}
+    return lambda qkv, table: window_attention(qkv, table, **options), tensors
+
+
+def whole_call(grid, heads):
+    tensors = [torch.zeros(1, math.prod(grid), heads, 32) for _ in range(3)]
+    tensors.append(torch.zeros(heads, *[2 * n - 1 for n in grid]))
+    return lambda q, k, v, table: biased_attention(q, k, v, table, grid), tensors
 
 
 @COMPILE
 @pytest.mark.parametrize(
-    ("layout", "dtype", "target"),
+    ("kind", "dtype", "target"),
     [*SOME, *(pytest.param(*each, marks=pytest.mark.slow) for each in ALL if each not in SOME)],
 )
-def test_compiles_for_gpus(layout, dtype, target, record_property):
-    from glocal.kernels.triton import attention, attention_calls
-
-    made = {
-        "shifted": attention_calls.near((56, 56), 0, (7, 7), 1, causal=False, shifted=True),
-        "window": attention_calls.windows((56, 56), None, (7, 7), 3, 3),
-        "whole": attention_calls.whole((14, 14), 12, 1),
-    }[layout]
-    pointer, q = POINTER[dtype], torch.empty(1, 1, 1, 32, dtype=dtype)
-    constants = made.constants(q, q, q, None, None) | {"BO": attention_calls.OFFSETS}
-    types = dict.fromkeys(["grad", "q", "k", "v", "bias", "out", "dq", "dk", "dv"], pointer)
-    types |= dict.fromkeys(["lse", "delta", "pairs", "entries"], "*fp32") | {"valid": "*u8", "extents": "*i64"}
-    types |= {"scale": "fp32", "shape": ("i32",) * 11, "strides": ("i32",) * 18, "table": ("i32",) * 5}
-    for name in KERNELS:
-        kernel = getattr(attention, name)
-        own = {key: value for key, value in constants.items() if key in kernel.arg_names}
-        warps = 8 if name == "_backward_pairs" else 4
-        shared, registers, spilled = compiled(kernel, types, own, target, warps)
-        record_property(name, f"{shared} bytes shared, {registers} registers, {spilled} bytes spilled")
-        assert shared <= MOST_SHARED[target] and spilled <= 64, name
+def test_compiles_for_gpus(kind, dtype, target, monkeypatch, record_property):
+    run, tensors = REAL[kind]()
+    tensors = [t.to(dtype).requires_grad_() for t in tensors]
+    found = compiled(monkeypatch, target, lambda: run(*tensors).sum().backward())
+    names = ["_forward", "_backward_queries", "_backward_sources", "_backward_pairs", "_sum_pairs"]
+    assert sorted({name for name, *_ in found}) == sorted(names)
+    assert fits(found, target, record_property), found
 
 
 @pytest.fixture(autouse=True)

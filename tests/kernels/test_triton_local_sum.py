@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 from typing import NamedTuple
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from glocal.kernels import local_sum
 
-from .on_gpu import COMPILE, DEVICE, MOST_SHARED, POINTER, RUN, SHORT, TARGETS, compiled, kernels_run  # noqa: F401
+from .on_gpu import COMPILE, DEVICE, RUN, SHORT, TARGETS, compiled, fits, kernels_run  # noqa: F401
 
 FAULTS = {
     "kernels/triton/local_sum.py": [
@@ -144,9 +145,7 @@ def agree(case, dtype):
 @pytest.fixture(autouse=True)
 def never_the_library(request, monkeypatch):
     if "kernels_run" in request.fixturenames:
-        from glocal.kernels import local_sum as function
-
-        module = __import__("sys").modules[function.__module__]
+        module = sys.modules[local_sum.__module__]
         monkeypatch.setattr(module, "_library_is_faster", lambda *_: False)
         monkeypatch.setattr(module, "_sum_by_taps", None)  # not instead of the kernels
         monkeypatch.setattr(module, "_code", None)
@@ -213,34 +212,30 @@ def test_differentiates_twice():
         assert (a - b).abs().max() <= 1e-5 * b.abs().max()
 
 
-SOME = [("static", torch.bfloat16, 90), ("per position", torch.float16, 80), ("per position", torch.float32, 90)]
-ALL = list(itertools.product(["static", "per position"], SHORT, TARGETS))
-SIZES = {"static": (96, 1, 32, 32, 1), "per position": (3, 32, 16, 2, 32)}  # G, D, blocks
+REAL = {
+    "static": Case((28, 28), 96, 96, (7, 7), "BS", bias=True, batch=1),
+    "per position": Case((28, 28), 96, 3, (7, 7), batch=1),
+    "sequence of one": Case((1,), 1, 1, (1,), batch=1),
+}
+SOME = [
+    ("static", torch.bfloat16, 90),
+    ("per position", torch.float16, 80),
+    ("per position", torch.float32, 90),
+    ("sequence of one", torch.bfloat16, 90),
+]
+ALL = list(itertools.product(REAL, SHORT, TARGETS))
 
 
 @COMPILE
 @pytest.mark.parametrize(
-    ("weights", "dtype", "target"),
+    ("kind", "dtype", "target"),
     [*SOME, *(pytest.param(*each, marks=pytest.mark.slow) for each in ALL if each not in SOME)],
 )
-def test_compiles_for_gpus(weights, dtype, target, record_property):
-    from glocal.kernels.triton import local_sum as code
-
-    groups, width, bp, bg, bd = SIZES[weights]
-    pointer, kernel = POINTER[dtype], 3
-    shape = {"G": groups, "D": width, "KH": kernel, "KW": kernel, "DILATION": 1, "BG": bg, "BD": bd}
-    own = weights != "static"
-    options = {"BP": bp, "ROWS": 4, "TAPS": kernel, "AT_POSITIONS": own, "TRANSPOSED": own, "HAS_BIAS": not own}
-    products = code._products if own else code._products_shared
-    built = {
-        "sum": compiled(code._sum, dict.fromkeys(["read", "w", "bias", "written"], pointer), shape | options, target),
-        "products": compiled(
-            products,
-            {"x": pointer, "y": pointer, "w": pointer if own else "*fp32"},
-            shape | {"BP": 2 if own else bp // 2, "TAPS": 4},
-            target,
-        ),
-    }
-    for name, (shared, registers, spilled) in built.items():
-        record_property(name, f"{shared} bytes shared, {registers} registers, {spilled} bytes spilled")
-        assert shared <= MOST_SHARED[target] and spilled == 0, name
+def test_compiles_for_gpus(kind, dtype, target, monkeypatch, record_property):
+    module = sys.modules[local_sum.__module__]
+    monkeypatch.setattr(module, "_library_is_faster", lambda *_: False)
+    case = REAL[kind]
+    tensors = [t.detach().cpu().requires_grad_() for t in case.tensors(dtype)]
+    found = compiled(monkeypatch, target, lambda: case.run(*tensors).sum().backward())
+    assert {name for name, *_ in found} == {"_sum", "_products" if kind == "per position" else "_products_shared"}
+    assert fits(found, target, record_property), found
