@@ -92,7 +92,8 @@ def neighbors_along(n, extent, kernel, dilation, causal, shifted):
             near = min(range(len(own)), key=lambda i: abs(own[i] - token)) if own else 0
             first = max(min(near - kernel // 2, len(own) - kernel), 0)
             sources = own[first : first + kernel]
-        found.append({j: (j - token) // dilation + kernel - 1 for j in sources if 0 <= j < extent})
+        places = ((j, (j - token) // dilation + kernel - 1) for j in sources if 0 <= j < extent)
+        found.append({j: min(max(place, 0), 2 * kernel - 2) for j, place in places})
     return found
 
 
@@ -129,13 +130,18 @@ def neighborhood_case(
                 seen[b, i, j], entry[b, i, j] = True, e
     seen = seen.to(DEVICE) if some is None else seen.to(DEVICE) & some.flatten(1)[:, None]
 
+    inside = torch.ones(batch, *grid, 1, 1, device=DEVICE)  # what queries behind an image's end get is not defined
+    for b in range(batch if extents else 0):
+        for axis, n in enumerate(extents[b]):
+            inside[b].narrow(axis, n, grid[axis] - n).zero_()
+
     def oracle(q, k, v, bias):
         q, k, v = (t.flatten(1, -3) for t in (q, k, v))
         table = None if bias is None else bias.flatten(1)[:, entry].transpose(0, 1)
-        return dense(q, k, v, seen, table, 0.4).unflatten(1, grid)
+        return dense(q, k, v, seen, table, 0.4).unflatten(1, grid) * inside
 
     def run(q, k, v, bias):
-        return neighborhood_attention(q, k, v, bias, valid=some, extents=ends, **options)
+        return neighborhood_attention(q, k, v, bias, valid=some, extents=ends, **options) * inside.to(q.dtype)
 
     assert rank == len(kernel)
     return run, oracle, tensors
