@@ -37,12 +37,7 @@ FAULTS = {
             "place = token // self.stride - back_by, kernel - 1 - token % self.stride - back_by * self.stride",
         ),
         ("the mean counts places outside", "/ count.clamp(min=1)", "/ torch.full_like(count, block.shape[-1])"),
-        ("what hangs over the border is left out", ", ceil_mode=True), rank)", ", ceil_mode=False), rank)"),
-        (
-            "sequences are pooled as images",
-            "(self.stride if rank == 2 else 1, self.stride)",
-            "(self.stride, self.stride)",
-        ),
+        ("what hangs over the border is left out", "ceil_mode=True", "ceil_mode=False"),
         ("windows begin at the first token", "            (p, (w - 1)", "            (0, (w - 1)"),
         (
             "a window beyond an image's own end still writes",
@@ -147,6 +142,7 @@ def by_loop(mixer, kernel, stride, left):
         ({"kernel_size": 5, "stride": 2}, (2, 3), (5, 5), (2, 2)),
         ({"kernel_size": 5, "stride": 2, "rank": 1}, (9,), (5,), (2,)),
         ({"kernel_size": 3, "rank": 1}, (1,), (3,), (1,)),
+        ({"kernel_size": 3, "stride": 3, "rank": 1}, (8,), (3,), (1,)),
     ],
 )
 def test_is_the_loop_over_windows(build, check, tokens, options, grid, kernel, left):

@@ -143,10 +143,9 @@ class OutlookAttention(TokenMixer):
         if valid is not None:
             logits, there = self._outlook(x, valid)
             return logits.softmax(-1) * there
-        mean, rank = x, len(self._kernel)
-        if self.stride > 1:
-            window = (self.stride if rank == 2 else 1, self.stride)
-            mean = back(nn.functional.avg_pool2d(images(x), window, ceil_mode=True), rank)
+        mean = x
+        if self.stride > 1:  # of a sequence, too: an image of one row, whose windows count what they have
+            mean = back(nn.functional.avg_pool2d(images(x), self.stride, ceil_mode=True), len(self._kernel))
         logits = self._logits(mean.flatten(1, -2))
         # over its last axis, of few entries, PyTorch's softmax takes ten times as long
         return logits.flatten(2, 3).transpose(2, 3).softmax(2).transpose(2, 3).unflatten(2, logits.shape[2:4])
