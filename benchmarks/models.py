@@ -14,6 +14,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import timm
@@ -40,7 +41,9 @@ def partner(name: str, ours: nn.Module) -> nn.Module | None:
     if name not in PARTNERS:
         return None
     theirs = timm.create_model(PARTNERS[name])
-    theirs.load_state_dict(ours.state_dict())
+    keys = import_module(f"glocal.models.keys.{type(ours).__module__.rpartition('.')[2]}")
+    state = ours.state_dict()
+    theirs.load_state_dict(keys.SOURCES["timm"].write(state) if "timm" in keys.SOURCES else state)
     return theirs
 
 
