@@ -245,7 +245,8 @@ class SqueezeExcite(nn.Module):
 
     def gate(self, x: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
         """What every channel is multiplied with, [B, C, 1, 1]."""
-        gate = x.mean((2, 3), keepdim=True) if valid is None else mean_of(x.movedim(1, -1), valid)[:, :, None, None]
+        # of tokens, whose gradient is laid out as that of the maps around: a mean over planes would mix two layouts
+        gate = mean_of(x.movedim(1, -1), valid)[:, :, None, None]
         return self.fc2(self.act(self.fc1(gate))).sigmoid()
 
 
