@@ -27,6 +27,11 @@ RUN = pytest.mark.skipif(
 COMPILE = pytest.mark.skipif(
     not INSTALLED or INTERPRETED, reason="triton is not installed" if not INSTALLED else "is interpreted, not compiled"
 )
+ASKED = os.environ.get("GLOCAL_WIDE") == "1"
+WIDE = pytest.mark.skipif(
+    not ASKED and DEVICE == "cpu", reason="takes minutes without a GPU; GLOCAL_WIDE=1 asks for it"
+)
+WIDE_COMPILE = pytest.mark.skipif(not ASKED, reason="takes minutes; GLOCAL_WIDE=1 asks for it")
 TARGETS = [80, 90]
 SHORT = [torch.float32, torch.bfloat16, torch.float16]
 MOST_SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a block may have

@@ -14,7 +14,7 @@ from .on_gpu import DEVICE, INSTALLED, INTERPRETED
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the kernels run in this process")
 def test_kernels_for_gpus_run_in_the_interpreter():
     folder = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton", "-m", "not slow"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1"}
     folder = Path(__file__).parents[2]
     done = subprocess.run(

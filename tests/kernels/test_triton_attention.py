@@ -8,7 +8,18 @@ import torch
 
 from glocal.kernels import biased_attention, neighborhood_attention, window_attention
 
-from .on_gpu import COMPILE, DEVICE, RUN, SHORT, TARGETS, compiled, fits, kernels_run  # noqa: F401
+from .on_gpu import (  # noqa: F401
+    COMPILE,
+    DEVICE,
+    RUN,
+    SHORT,
+    TARGETS,
+    WIDE,
+    WIDE_COMPILE,
+    compiled,
+    fits,
+    kernels_run,
+)
 
 FAULTS = {
     "kernels/triton/attention.py": [
@@ -326,7 +337,7 @@ LARGER = {
 
 
 @RUN
-@pytest.mark.slow
+@WIDE
 @pytest.mark.parametrize("dtype", SHORT)
 @pytest.mark.parametrize("kind", LARGER)
 @pytest.mark.usefixtures("kernels_run")
@@ -372,7 +383,7 @@ def whole_call(grid, heads):
 @COMPILE
 @pytest.mark.parametrize(
     ("kind", "dtype", "target"),
-    [*SOME, *(pytest.param(*each, marks=pytest.mark.slow) for each in ALL if each not in SOME)],
+    [*SOME, *(pytest.param(*each, marks=WIDE_COMPILE) for each in ALL if each not in SOME)],
 )
 def test_compiles_for_gpus(kind, dtype, target, monkeypatch, record_property):
     run, tensors = REAL[kind]()

@@ -10,7 +10,18 @@ import torch
 
 from glocal.kernels import local_sum
 
-from .on_gpu import COMPILE, DEVICE, RUN, SHORT, TARGETS, compiled, fits, kernels_run  # noqa: F401
+from .on_gpu import (  # noqa: F401
+    COMPILE,
+    DEVICE,
+    RUN,
+    SHORT,
+    TARGETS,
+    WIDE,
+    WIDE_COMPILE,
+    compiled,
+    fits,
+    kernels_run,
+)
 
 FAULTS = {
     "kernels/triton/local_sum.py": [
@@ -167,7 +178,7 @@ def test_is_the_sum_over_taps_in_short_types(case, dtype):
 
 
 @RUN
-@pytest.mark.slow
+@WIDE
 @pytest.mark.parametrize("dtype", SHORT)
 @pytest.mark.parametrize("case", CASES + MORE, ids=str)
 @pytest.mark.usefixtures("kernels_run")
@@ -229,7 +240,7 @@ ALL = list(itertools.product(REAL, SHORT, TARGETS))
 @COMPILE
 @pytest.mark.parametrize(
     ("kind", "dtype", "target"),
-    [*SOME, *(pytest.param(*each, marks=pytest.mark.slow) for each in ALL if each not in SOME)],
+    [*SOME, *(pytest.param(*each, marks=WIDE_COMPILE) for each in ALL if each not in SOME)],
 )
 def test_compiles_for_gpus(kind, dtype, target, monkeypatch, record_property):
     module = sys.modules[local_sum.__module__]
