@@ -10,10 +10,10 @@ import glocal
 from glocal import contract
 from glocal.evidence import close, random_mixer, tokens, with_grads
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
-]
+if not torch.cuda.is_available():
+    pytest.skip("no GPU", allow_module_level=True)
+
+pytestmark = pytest.mark.gpu
 
 CHECKS = (
     contract.forward_equals_definition, contract.empty_batch, contract.padding_changes_nothing,

@@ -7,10 +7,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import glocal
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
-]
+if not torch.cuda.is_available():
+    pytest.skip("no GPU", allow_module_level=True)
+
+pytestmark = pytest.mark.gpu
 BACK_ENDS = [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 ERRORS = {torch.float32: 2e-3, torch.bfloat16: 2e-2, torch.float16: 4e-3}  # of a tensor, relative to its norm
 SPECS = (

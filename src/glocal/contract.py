@@ -97,8 +97,12 @@ def _exempt(spec: str, check: "Check") -> str | None:
 
 def fits(spec: str, grid: Sequence[int]) -> bool:
     """Whether the operator has this rank."""
-    rank = getattr(build(spec, DIM), "rank", None)
-    return rank is None or rank == len(grid)
+    return rank_of(spec) in (None, len(grid))
+
+
+def rank_of(spec: str) -> int | None:
+    """The rank of the operator's grids; None: any."""
+    return getattr(build(spec, DIM), "rank", None)
 
 
 # The checks.
@@ -512,6 +516,7 @@ ON_ONE_GRID: tuple[Check, ...] = (compiles, exports, pieces_equal_the_whole)
 def cases(spec: str) -> Iterator[tuple[Check, tuple[int, ...]]]:
     """Every check of the contract with every grid it runs on, for one spec."""
     large = [grid for grid in GRIDS if max(grid) > 1]
+    rank = rank_of(spec)
     for checks, grids in (
         (ON_EVERY_GRID, GRIDS),
         (ON_LARGE_GRIDS, large),
@@ -519,7 +524,7 @@ def cases(spec: str) -> Iterator[tuple[Check, tuple[int, ...]]]:
         (ON_ONE_GRID, COMPILED_AT.values()),
     ):
         for check in checks:
-            yield from ((check, grid) for grid in grids if fits(spec, grid))
+            yield from ((check, grid) for grid in grids if rank in (None, len(grid)))
 
 
 def _in_pieces(path: Callable[..., Tensor], x: Tensor, valid: Tensor | None, ends: Sequence[int]) -> list[Tensor]:

@@ -1,10 +1,13 @@
 """Kernels with and without their compiled code."""
 
+import importlib
 from functools import wraps
 
 import pytest
 
 from glocal.kernels import compiled
+
+ATTENTIONS = [importlib.import_module(f"glocal.kernels.{kind}_attention") for kind in ("neighborhood", "window")]
 
 
 @pytest.fixture(autouse=True)
@@ -29,3 +32,18 @@ def eager(monkeypatch):
         raise compiled.Unavailable("no C compiler was found")
 
     monkeypatch.setattr(compiled, "load", load)
+
+
+@pytest.fixture(params=["compiled", "eager"])
+def path(request, monkeypatch):
+    """Both versions of attention to neighborhoods and windows."""
+
+    def load(*args, **sizes):
+        raise compiled.Unavailable("as if there were no compiler")
+
+    if request.param == "eager":
+        for module in ATTENTIONS:
+            monkeypatch.setattr(module, "load", load)
+    elif compiled.unavailable():
+        pytest.skip(compiled.unavailable())
+    return request.param

@@ -1,114 +1,23 @@
 """Neighborhood attention against dense softmax attention under masks made by loops, compiled and eager."""
 
 import importlib
-import itertools
 import math
 
 import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
-from torch.autograd import gradcheck, gradgradcheck
-from torch.utils.flop_counter import FlopCounterMode
 
 from glocal.kernels import compiled, neighborhood_attention
 
+from .neighborhoods import NAMES, agrees, dense, inputs, with_gradients
+
 module = importlib.import_module("glocal.kernels.neighborhood_attention")
 EXAMPLES = 40
-NAMES = ("output", "gradient of q", "gradient of k", "gradient of v", "gradient of bias")
 
 
-@pytest.fixture(params=["compiled", "eager"])
-def path(request, monkeypatch):
-    if request.param == "eager":
-        monkeypatch.setattr(module, "load", refuse)
-    elif compiled.unavailable():
-        pytest.skip(compiled.unavailable())
-    return request.param
-
-
-def refuse(*args, **sizes):
-    raise compiled.Unavailable("not in this test")
-
-
-def axis_sources(i, length, kernel, dilation, causal, border):
-    """The coordinates that coordinate i attends to along one axis."""
-    if causal:
-        reach = [i - t * dilation for t in reversed(range(kernel))]
-    elif border == "masked":
-        reach = [i + (t - kernel // 2) * dilation for t in range(kernel)]
-    else:  # moved inward among the positions that are a multiple of the dilation away
-        reach = list(range(i % dilation, length, dilation))
-        start = min(max(reach.index(i) - kernel // 2, 0), max(len(reach) - kernel, 0))
-        return reach[start : start + kernel]
-    return [p for p in reach if 0 <= p < length]
-
-
-def dense(
-    q, k, v, bias=None, *, kernel_size, dilation=1, causal=False, border="masked", scale=1.0, valid=None, extents=None
-):
-    """All pairs of tokens, and which of them may see each other. Queries behind an image's extent give 0."""
-    grid, sources = q.shape[1:-2], k.shape[1:-2]
-    kernel = [kernel_size] * len(grid) if isinstance(kernel_size, int) else kernel_size
-    past = sources[0] - grid[0]
-    places = {place: m for m, place in enumerate(itertools.product(*map(range, sources)))}
-    queries = [place for place in places if place[0] >= past]
-    seen = torch.zeros(len(q), len(queries), len(places), dtype=torch.bool)
-    entry = torch.zeros(len(grid), len(queries), len(places), dtype=torch.int64)
-    for b, (n, place) in itertools.product(range(len(q)), enumerate(queries)):
-        lengths = sources if extents is None else extents[b].tolist()
-        if any(p >= length for p, length in zip(place, lengths, strict=True)):
-            continue
-        axes = [
-            axis_sources(p, *each, dilation, causal, border) for p, *each in zip(place, lengths, kernel, strict=True)
-        ]
-        for source in itertools.product(*axes):
-            m = places[source]
-            seen[b, n, m] = valid is None or valid[(b, *source)]
-            if b == 0 or extents is not None:
-                offset = [(s - p) // dilation + w - 1 for s, p, w in zip(source, place, kernel, strict=True)]
-                entry[:, n, m] = torch.tensor(offset)
-    q, k, v = (t.flatten(1, -3) for t in (q, k, v))
-    scores = scale * torch.einsum("bngd,bmgd->bgnm", q, k)
-    if bias is not None:
-        scores = scores + bias[(slice(None), *entry)].to(scores.dtype)
-    scores = scores.masked_fill(~seen[:, None], torch.finfo(scores.dtype).min)
-    weights = scores.softmax(-1) * seen[:, None]
-    return torch.einsum("bgnm,bmge->bnge", weights, v).unflatten(1, grid)
-
-
-def inputs(grid, kernel, *, batch=2, heads=3, dim=12, value_dim=None, past=0, bias=True, dtype=torch.float64):
-    kernel = [kernel] * len(grid) if isinstance(kernel, int) else kernel
-    sources = (grid[0] + past, *grid[1:])
-    q = torch.randn(batch, *grid, heads, dim, dtype=dtype)
-    k = torch.randn(batch, *sources, heads, dim, dtype=dtype)
-    v = torch.randn(batch, *sources, heads, value_dim or dim, dtype=dtype)
-    table = torch.randn(heads, *(2 * n - 1 for n in kernel), dtype=torch.promote_types(dtype, torch.float32))
-    return q, k, v, table if bias else None
-
-
-def with_gradients(function, tensors, upstream, **options):
-    leaves = [t if t is None else t.detach().clone().requires_grad_() for t in tensors]
-    out = function(*leaves, **options)
-    return out, *torch.autograd.grad(out, [t for t in leaves if t is not None], upstream.to(out.dtype))
-
-
-def agrees(tensors, *, rtol=1e-9, atol=1e-10, **options):
-    """Output and gradients are those of the dense attention; what is behind an extent is not looked at."""
-    expected = dense(*tensors, **options)
-    upstream = torch.randn(expected.shape, dtype=torch.float64)
-    inside = torch.ones(expected.shape[:-2], dtype=torch.bool)
-    if options.get("extents") is not None:
-        for b, place in itertools.product(range(len(inside)), itertools.product(*map(range, inside.shape[1:]))):
-            inside[(b, *place)] = all(p < n for p, n in zip(place, options["extents"][b].tolist(), strict=True))
-    upstream = upstream * inside[..., None, None]
-    expected = with_gradients(dense, tensors, upstream, **options)
-    found = with_gradients(neighborhood_attention, tensors, upstream, **options)
-    for name, got, want in zip(NAMES, found, expected, strict=False):
-        if name == "output":
-            got, want = got * inside[..., None, None], want * inside[..., None, None]
-        assert got.dtype == want.dtype and got.shape == want.shape
-        torch.testing.assert_close(got, want, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+def without_compiler(*args, **sizes):
+    raise compiled.Unavailable("as if there were no compiler")
 
 
 SHAPES = [  # grid, kernel size, dilation
@@ -313,122 +222,6 @@ def test_nothing_in_nothing_out(path, shape):
     assert not found[-1].any()
 
 
-OPTIONS = [
-    ((3, 4), {"kernel_size": 3}),
-    ((4, 3), {"kernel_size": 3, "border": "shifted", "dilation": 2}),
-    ((6,), {"kernel_size": 2, "causal": True, "dilation": 2}),
-]
-
-
-@pytest.mark.parametrize(("grid", "options"), OPTIONS)
-def test_derivatives(path, grid, options):
-    tensors = [t.requires_grad_() for t in inputs(grid, options["kernel_size"], batch=1, heads=2, dim=3, value_dim=2)]
-    function = lambda *t: neighborhood_attention(*t, **options)  # noqa: E731
-    assert gradcheck(function, tensors)
-    assert gradgradcheck(function, tensors, fast_mode=True)
-    assert gradgradcheck(function, tensors[:3], fast_mode=True)
-
-
-def test_derivatives_where_some_queries_see_nothing(path):
-    valid = torch.tensor([[[False, False, False, True]] * 3])
-    tensors = [t.requires_grad_() for t in inputs((3, 4), 3, batch=1, heads=1, dim=2)]
-    assert gradcheck(lambda *t: neighborhood_attention(*t, kernel_size=3, valid=valid), tensors)
-    assert gradgradcheck(lambda *t: neighborhood_attention(*t, kernel_size=3, valid=valid), tensors)
-
-
-def test_third_derivative_is_the_dense_ones(path):
-    def third(function, q, k, v, bias):
-        out = function(q, k, v, bias, kernel_size=3)
-        for tensor in (q, k, q):
-            (out,) = torch.autograd.grad((out**2).sum(), tensor, create_graph=True)
-        return out
-
-    tensors = [t.requires_grad_() for t in inputs((3, 4), 3, batch=1, heads=1, dim=2)]
-    torch.testing.assert_close(third(neighborhood_attention, *tensors), third(dense, *tensors))
-
-
-def test_only_what_is_needed_is_saved():
-    """The inputs, the output, one number for each query and head."""
-    q, k, v, bias = (t.requires_grad_() for t in inputs((8, 9), 3))
-    kept = {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
-        out = neighborhood_attention(q, k, v, bias, kernel_size=3)
-    inputs_kept = {t.data_ptr() for t in (q, k, v, bias, out)}
-    assert sum(t.numel() for p, t in kept.items() if p not in inputs_kept) == 2 * 8 * 9 * 3
-
-
-@pytest.mark.parametrize(("grid", "options"), OPTIONS)
-def test_ops_pass_opcheck(grid, options):
-    bias = "causal" not in options
-    q, k, v, table = inputs(grid, options["kernel_size"], heads=2, bias=bias)
-    valid = torch.ones(2, *grid, dtype=torch.bool)
-    kernel = [options["kernel_size"]] * len(grid)
-    shifted = options.get("border") == "shifted"
-    extents = torch.tensor([list(grid)] * 2) if shifted else None
-    rest = (kernel, options.get("dilation", 1), options.get("causal", False), shifted, 0.5)
-    first = tuple(t if t is None else t.requires_grad_() for t in (q, k, v, table))
-    torch.library.opcheck(torch.ops.glocal.neighborhood_attention.default, (*first, valid, extents, *rest))
-    with torch.no_grad():
-        out, lse = torch.ops.glocal.neighborhood_attention(*first, valid, extents, *rest)
-    arguments = (torch.randn_like(out), *first, valid, extents, out, lse, *rest)
-    torch.library.opcheck(torch.ops.glocal.neighborhood_attention_backward.default, arguments)
-
-
-@pytest.mark.parametrize("kernel", [(3, 5), (5, 3), (3, 3)])
-def test_a_key_that_is_no_number_is_met_by_those_who_see_it(path, kernel):
-    """Also in the slots that fill up a vector, which belong to nobody."""
-    q, k, v = (torch.randn(1, 9, 9, 1, 8) for _ in range(3))
-    k[0, 0, 2] = torch.nan
-    met = neighborhood_attention(q, k, v, kernel_size=kernel).isnan().any(-1)[0, ..., 0]
-    seeing = torch.zeros(9, 9, dtype=torch.bool)
-    seeing[: kernel[0] // 2 + 1, max(2 - kernel[1] // 2, 0) : 3 + kernel[1] // 2] = True
-    assert torch.equal(met, seeing)
-
-
-def test_other_types_of_masks_are_taken_as_they_are_meant():
-    q, k, v, bias = inputs((6, 7), 3)
-    extents, valid = torch.tensor([[5, 6]] * len(q)), torch.rand(len(q), 6, 7) > 0.4
-    call = {"kernel_size": 3, "border": "shifted"}
-    expected = neighborhood_attention(q, k, v, bias, extents=extents, **call)
-    assert torch.equal(
-        neighborhood_attention(q, k, v, bias, extents=extents.int(), **call)[:, :5, :6], expected[:, :5, :6]
-    )
-    expected = neighborhood_attention(q, k, v, bias, kernel_size=3, valid=valid)
-    assert torch.equal(neighborhood_attention(q, k, v, bias, kernel_size=3, valid=valid.long()), expected)
-
-
-def test_compiles_in_one_graph(path):
-    q, k, v, bias = inputs((6, 7), 3)
-    function = torch.compile(neighborhood_attention, backend="aot_eager", fullgraph=True)
-    options = {"kernel_size": 3, "border": "shifted", "scale": 0.3}
-    expected = with_gradients(neighborhood_attention, (q, k, v, bias), v, **options)
-    found = with_gradients(function, (q, k, v, bias), v, **options)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
-def test_exports_with_any_size(path):
-    class Layer(torch.nn.Module):
-        def forward(self, q, k, v, bias):
-            return neighborhood_attention(q, k, v, bias, kernel_size=3, dilation=2)
-
-    sizes = {0: torch.export.Dim("b"), 1: torch.export.Dim("h"), 2: torch.export.Dim("w")}
-    tensors = inputs((6, 7), 3)
-    program = torch.export.export(Layer(), tensors, dynamic_shapes=(sizes, sizes, sizes, None)).module()
-    for grid in ((6, 7), (3, 11), (20, 2)):
-        tensors = inputs(grid, 3, batch=3)
-        assert torch.equal(program(*tensors), Layer()(*tensors))
-
-
-def test_multiply_adds_are_counted():
-    q, k, v, bias = (t.requires_grad_() for t in inputs((6, 7), (3, 5), dim=8, value_dim=4))
-    pairs = 2 * 6 * 7 * 3 * 15
-    with FlopCounterMode(display=False) as counter:
-        out = neighborhood_attention(q, k, v, bias, kernel_size=(3, 5))
-        assert counter.get_total_flops() == 2 * pairs * (8 + 4)
-        out.sum().backward()
-    assert counter.get_total_flops() == 2 * pairs * (4 * 8 + 3 * 4)
-
-
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -499,7 +292,7 @@ def test_compiled_and_eager_agree_on_anything(call):
         for name, area in zip(("FORWARD_AREA", "BACKWARD_AREA", "TILE_WIDTH"), areas, strict=True):
             patch.setattr(module, name, area)
         found = with_gradients(neighborhood_attention, tensors, upstream, scale=0.3, **options)
-        patch.setattr(module, "load", refuse)
+        patch.setattr(module, "load", without_compiler)
         expected = with_gradients(neighborhood_attention, tensors, upstream, scale=0.3, **options)
     tolerance = 1e-9 if tensors[0].dtype == torch.float64 else 2e-5
     for got, want in zip(found, expected, strict=True):
@@ -508,7 +301,11 @@ def test_compiled_and_eager_agree_on_anything(call):
 
 # planted by scripts/mutate
 FAULTS = {
-    "kernels/neighborhood_attention.c": (
+    (
+        "kernels/neighborhood_attention.c",
+        "kernels/test_neighborhood_attention.py",
+        "kernels/test_neighborhood_attention_use.py",
+    ): (
         (
             "a shifted window stops one token too late",
             "MAX(MIN(i - a->before, a->end - a->kernel), 0)",
@@ -575,7 +372,11 @@ FAULTS = {
             "from_row = MAX(t->y0 - sy + 1, 0)",
         ),
     ),
-    "kernels/neighborhood_attention.py": (
+    (
+        "kernels/neighborhood_attention.py",
+        "kernels/test_neighborhood_attention.py",
+        "kernels/test_neighborhood_attention_use.py",
+    ): (
         (
             "eager: a query that sees nothing is NaN",
             "lse = lse.masked_fill(lse == -math.inf, 0)",

@@ -12,7 +12,6 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from glocal.kernels import window_attention
-from glocal.kernels.compiled import Unavailable
 
 kernel = importlib.import_module("glocal.kernels.window_attention")
 
@@ -110,18 +109,6 @@ def same(qkv, table, arguments, **tolerance):
     mine, other = (gradients(f, qkv, table, arguments, grad) for f in (window_attention, dense))
     for a, b in zip(mine, other, strict=True):
         torch.testing.assert_close(a, b, **tolerance)
-
-
-@pytest.fixture(params=["compiled", "eager"])
-def path(request, monkeypatch):
-    """Both versions of the operation."""
-    if request.param == "eager":
-
-        def nothing(*args, **sizes):
-            raise Unavailable("as if there were no compiler")
-
-        monkeypatch.setattr(kernel, "load", nothing)
-    return request.param
 
 
 @cases
