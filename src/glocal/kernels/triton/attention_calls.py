@@ -121,7 +121,7 @@ class Layout:
             "HAS_BIAS": bias is not None,
             "HAS_VALID": valid is not None,
             "HAS_EXTENTS": extents is not None,
-            "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+            "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
             "MODE": self.mode,
         }
 
