@@ -53,7 +53,7 @@ class BatchNorm(nn.BatchNorm1d):
         if self.momentum is None:  # the plain average of all batches so far
             share = 1 / self.num_batches_tracked.to(self.running_mean)
         else:  # not through float32, or statistics in float64 would be moved by another number
-            share = torch.tensor(self.momentum, dtype=self.running_mean.dtype).to(self.running_mean)
+            share = torch.full((), self.momentum, dtype=self.running_mean.dtype, device=self.running_mean.device)
         if some is not None:  # one value has no variance to learn from
             share = share * some
         self.running_mean.lerp_(mean.detach().to(self.running_mean), share)
