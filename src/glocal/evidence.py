@@ -80,7 +80,8 @@ def numerically(check: Callable[..., bool], call: Callable[..., Tensor], x: tupl
     """Runs gradcheck or gradgradcheck in one random direction."""
     torch.manual_seed(0)  # fast_mode probes in a random direction
     try:
-        check(call, x, fast_mode=True, atol=1e-5)
+        # a GPU adds up what torch scatters in any order
+        check(call, x, fast_mode=True, atol=1e-5, nondet_tol=0.0 if x[0].device.type == "cpu" else 1e-9)
     except GradcheckError as error:
         raise Broken(f"{check.__name__} fails: {str(error).splitlines()[0]}") from None
 
