@@ -175,7 +175,7 @@ def _backward_by_triton(
     found = [t.new_empty(t.shape) for t in (q, k, v)]
     layout = calls.whole(_grid(table), q.shape[2], len(table))
     entries = calls.backward(
-        layout, grad.to(q.dtype), q, k, v, table.to(q.dtype), valid, None, 1.0, out, lse, found, of_each=len(table) > 1
+        layout, grad.to(q.dtype), q, k, v, table.to(q.dtype), valid, None, 1.0, out, lse, found, of_each=len(table) != 1
     )
     assert entries is not None
     return found[0], found[1], found[2], entries.to(table.dtype).view(table.shape)

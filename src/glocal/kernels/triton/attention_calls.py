@@ -163,7 +163,8 @@ def backward(
     if not (out.numel() and k.numel()):
         for each in found:
             each.zero_()
-        return None if bias is None else q.new_zeros(1, heads, *layout.entries, dtype=torch.float32)
+        tables = len(q) if of_each else 1
+        return None if bias is None else q.new_zeros(tables, heads, *layout.entries, dtype=torch.float32)
     q, k, v = (_in_order(t) for t in (q, k, v))
     grad, out, lse = grad.contiguous(), out.contiguous(), lse.contiguous()
     delta = torch.empty_like(lse)

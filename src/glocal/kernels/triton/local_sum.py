@@ -226,7 +226,7 @@ def local_sum_products(
             w = x.new_empty(*y.shape[:-1], groups, taps)
             programs = batch * rows * triton.cdiv(columns, bp) * triton.cdiv(groups, bg)
             _products[(programs,)](*arguments, w, *sizes, **options, BP=bp, TAPS=held, num_warps=_warps(bp * bg * bd))
-            return w.sum_to_size(shape)
+            return w.sum_to_size(shape).to(x.dtype)  # autocast's sums are float32
         bp = max(bp // 2, 1)
         blocks = triton.cdiv(width, bd)
         each = batch * heights * triton.cdiv(kernel[-1], held) * blocks * triton.cdiv(groups, bg)
