@@ -142,6 +142,7 @@ def measure(
                 times = timed(runs, device, rounds)
             except Exception as why:  # no such kernel, not enough memory
                 row["refused"][peer] = f"{type(why).__name__}: {why}".splitlines()[0]
+                runs = []  # what it held, the next one may need
                 continue
             low, median, high = statistics.quantiles(times, n=4, method="inclusive")
             row["calls"][peer] = {"ms": 1e3 * median, "low_ms": 1e3 * low, "high_ms": 1e3 * high}

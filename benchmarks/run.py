@@ -204,14 +204,19 @@ def first_calls(repeats: int) -> Iterator[tuple[bool, str]]:
 
 def surroundings() -> Found:
     """Where and with what the numbers were taken."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
+    try:
+        git = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True
+        ).stdout
+    except OSError:  # a machine without it
+        git = ""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         processor = platform.processor()
     return {
-        "commit": git.stdout.strip() or None,
+        "commit": git.strip() or None,
         "machine": f"{platform.machine()}, {processor}, {os.cpu_count()} cores",
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "glocal": glocal.__version__},
     }
