@@ -29,6 +29,10 @@ FAULTS = (
     ("lower precisions are joined", "x.dtype in (torch.float32, torch.float64)", "True"),
     ("autocast is forgotten", "or torch.is_autocast_enabled(x.device.type)", ""),
     ("strides are lost", "conv.stride != (1, 1)", "False"),
+    ("calls that are replaced are not seen", '"forward" in vars(part)', "False"),
+    ("statistics that stay move", "not n.track_running_stats or", ""),
+    ("batches that are not counted are missing", "or n.num_batches_tracked is None for", "for"),
+    ("an empty batch has no channels", "len(conv.weight))", "-1)"),
 )  # fmt: skip
 
 
@@ -133,3 +137,30 @@ def test_a_block_is_what_its_parts_are(valid):
         y.sin().sum().backward()
         found.append([y, *(p.grad for p in model.parameters()), *model.buffers()])
     assert_close(found[0], found[1])
+
+
+def test_replaced_calls_happen():
+    """As accelerate replaces them, to bring weights from elsewhere."""
+    block, calls = MBConv(4, 8).eval(), []
+    for part in (block.pre_norm, block.conv1_1x1, block.conv3_1x1, block.se):
+        own = part.forward
+        part.forward = lambda *call, own=own: (calls.append(1), own(*call))[1]
+    block(torch.randn(2, 4, 4, 4))
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_statistics_that_were_told_to_stay(counted):
+    """And those of a norm that does not count its batches, which move."""
+    block = MBConv(4, 8).train()
+    block.norm1.track_running_stats = not counted
+    if not counted:
+        block.norm1.num_batches_tracked = None
+    before, x = block.norm1.running_var.clone(), torch.randn(2, 4, 4, 4)
+    block(x)
+    assert torch.equal(block.norm1.running_var, before) == counted
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_batch_of_nothing(training):
+    assert MBConv(4, 8).train(training)(torch.zeros(0, 4, 4, 4)).shape == (0, 4, 4, 8)

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 
 def unwatched(*parts: nn.Module) -> bool:
-    """Whether nothing hooks into the calls of these modules, so that they need not happen."""
+    """Whether nothing hooks into the calls of these modules or replaces them, so that they need not happen."""
     return not any(
         part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
         for part in parts
-    )
+    ) and not any("forward" in vars(part) for part in parts)  # as accelerate does
 
 
 def can_join(first: nn.Module, conv: nn.Module, second: nn.Module, x: Tensor) -> bool:
@@ -30,6 +30,8 @@ def can_join(first: nn.Module, conv: nn.Module, second: nn.Module, x: Tensor) ->
     if any(
         type(n) is not nn.BatchNorm2d or not n.affine or n.momentum is None or n.running_mean is None for n in norms
     ):
+        return False
+    if any(not n.track_running_stats or n.num_batches_tracked is None for n in norms):  # set so later on
         return False
     return first.training == second.training and x[..., 0].numel() > 1
 
@@ -66,7 +68,7 @@ def gated_map(conv: nn.Conv2d, x: Tensor, gate: Tensor) -> Tensor:
     """conv(x * gate) of tokens [B, *S, C] and a gate [B, C] -> [B, *S, D]: every image has its own weights."""
     weight, tokens = conv.weight.flatten(1) * gate[:, None], x.flatten(1, -2)
     out = torch.bmm(tokens, weight.mT) if conv.bias is None else torch.baddbmm(conv.bias, tokens, weight.mT)
-    return out.view(*x.shape[:-1], -1)
+    return out.view(*x.shape[:-1], len(conv.weight))
 
 
 @torch.no_grad()
