@@ -20,6 +20,11 @@ SMALL = {"dims": DIMS, "depths": DEPTHS, "num_classes": CLASSES}
 
 FAULTS = {
     "models/dwnet.py": (
+        (
+            "maps of the branch start as those of the MLP",
+            "                part.reset_parameters()",
+            "                pass",
+        ),
         ("there is no norm behind the first map", "bn1=TokenBatchNorm(dim),", "bn1=nn.Identity(),"),
         ("nothing is cut off before the mixer", "act1=nn.ReLU(),", "act1=nn.Identity(),"),
         ("nothing is cut off behind the mixer", "act2=nn.ReLU(),", "act2=nn.GELU(),"),
@@ -428,9 +433,13 @@ def test_methods():
 
 
 def test_first_values():
+    """Those of the branch that is convolutions in the release are PyTorch's own, those of the MLP are not."""
     torch.manual_seed(0)
-    block = glocal.create_model("dwnet_tiny", dims=(96,), depths=(1,)).layers[0].blocks[0]
-    assert abs(block.attn.conv1.weight.std().item() - 0.02) < 1e-3 and not block.mlp.fc1.bias.any()
+    block = glocal.create_model("d_dwnet_tiny", dims=(96,), depths=(1,)).layers[0].blocks[0]
+    for part, chans in ((block.attn.conv1, 96), (block.attn.conv2, 96), (block.attn.mixer.conv2, 24)):
+        assert abs(part.weight.std().item() * (3 * chans) ** 0.5 - 1) < 0.05
+    assert block.attn.mixer.conv2.bias.any()
+    assert abs(block.mlp.fc1.weight.std().item() - 0.02) < 1e-3 and not block.mlp.fc1.bias.any()
 
 
 @pytest.mark.parametrize("name", ["dwnet_tiny", "local_mlp_tiny"])

@@ -138,6 +138,11 @@ class DWNet(Pyramid):
             depths=depths,
             drop_path_rate=drop_path_rate,
         )
+        # in the release these maps are convolutions, which start as PyTorch has them
+        branches = [part.attn for part in self.modules() if isinstance(part, BatchNormBlock)]
+        for part in (part for branch in branches for part in branch.modules()):
+            if isinstance(part, nn.Linear):
+                part.reset_parameters()
 
 
 def _mixer(spec: str, dim: int, kernel_size: int, num_groups: int | None, *, shifted: bool) -> nn.Module:
