@@ -369,7 +369,8 @@ class MBConv(nn.Module):
             return _tokens(self.conv3_1x1(x), self.rank)
         # weights of every image's own pay where they are smaller than its tokens
         many = not torch.compiler.is_compiling() and math.prod(x.shape[2:]) >= self.out_dim
-        if many and type(self.conv3_1x1) is nn.Conv2d and unwatched(self.se, self.conv3_1x1):
+        plain = type(self.conv3_1x1) is nn.Conv2d and type(self.se) is SqueezeExcite
+        if many and plain and unwatched(self.se, self.conv3_1x1):
             return gated_map(self.conv3_1x1, _tokens(x, self.rank), self.se.gate(x, real)[..., 0, 0])
         return _tokens(self.conv3_1x1(self.se(x, real)), self.rank)
 

@@ -42,8 +42,9 @@ def biased_attention(
         [B, N, G, D'], in the common type of q, k and v, or autocast's, to which the biases are rounded as well.
 
     Cost: 2*B*G*N^2*D multiply-adds, backward 5*B*G*N^2*D. Memory: 4 MiB of biases, or those of one row of queries;
-    backward copies of its tensors, up to three blocks of 2 MiB and W tables. On a GPU no biases, but backward, where the
-    table has a gradient, G*N^2 numbers, B times as many with a table for each image. That gradient is added up in a fixed order. Second derivatives go through the plain formula, which holds N x N weights.
+    backward copies of its tensors, up to three blocks of 2 MiB and W tables. On a GPU no biases, but backward, where
+    the table has a gradient, G*N^2 numbers, B times as many with a table for each image. That gradient is added up in
+    a fixed order. Second derivatives go through the plain formula, which holds N x N weights.
 
     Raises:
         ValueError: shapes that do not fit, naming both.
