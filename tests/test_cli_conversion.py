@@ -23,7 +23,8 @@ FAULTS = (
     ("gates are given to nobody", "gated=command.gated,\n                    head_dim", "head_dim"),
     ("what is written says nothing of gates", "convert_gated=command.gated,", ""),
     ("what is written says nothing of their width", "convert_head_dim=command.head_dim,", ""),
-    ("a way back with gates is taken", "if command.back and (command.gated or", "if False and (command.gated or"),
+    ("a way back with gates is taken", "if command.back and (there", "if False and (there"),
+    ("--back takes layers and converts all", '"--layers": command.layers is not None,', ""),
     ("levels of grey are shares", "[255.0 * value for", "[value for"),
 )
 
@@ -126,6 +127,9 @@ def test_a_network_of_timms(tmp_path, monkeypatch, capsys):
         (["run", "--head-dim", "4"], "--head-dim: no head has a gate; give --gated too"),
         (["run", "--gated", "--head-dim", "0"], "head_dim: 0; it must be 1 or more"),
         (["run", "--back", "--gated"], "--gated: is of the way there, not of --back"),
+        (["run", "--back", "--layers", "stem.*"], "--layers: is of the way there, not of --back"),
+        (["run", "--back", "--alpha", "3"], "--alpha: is of the way there, not of --back"),
+        (["run", "--back", "--encoding", "learned"], "--encoding: is of the way there, not of --back"),
     ],
 )
 def test_a_mistake_is_one_line(run, capsys, arguments, words):

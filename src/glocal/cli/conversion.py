@@ -29,8 +29,8 @@ def convert_command(name: str, arguments: Sequence[str]) -> int:
     with said_in_one_line(name):
         if (command.out / "weights.safetensors").exists():
             raise UserError(f"--out: {str(command.out)!r} holds a network already; name another folder")
-        if command.back and (command.gated or command.head_dim is not None):
-            raise UserError(f"{'--gated' if command.gated else '--head-dim'}: is of the way there, not of --back")
+        if command.back and (there := _of_the_way_there(command)):
+            raise UserError(f"{there[0]}: is of the way there, not of --back, which takes all back; leave it out")
         if command.head_dim is not None and not command.gated:
             raise UserError("--head-dim: no head has a gate; give --gated too, or leave it out")
         network = _network(command)
@@ -75,6 +75,18 @@ def convert_command(name: str, arguments: Sequence[str]) -> int:
         return 0
     print(f"{report}\n\nnetwork: {weights}\ntrain on: glocal train --config {command.out / 'config.yaml'}")
     return 0
+
+
+def _of_the_way_there(command: "ConvertCommand") -> list[str]:
+    """Options given that --back has no use for."""
+    given = {
+        "--encoding": command.encoding != "quadratic",
+        "--alpha": command.alpha is not None,
+        "--layers": command.layers is not None,
+        "--gated": command.gated,
+        "--head-dim": command.head_dim is not None,
+    }
+    return [option for option, is_given in given.items() if is_given]
 
 
 def _network(command: "ConvertCommand") -> "Trained":
