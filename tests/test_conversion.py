@@ -335,8 +335,9 @@ class Named(nn.Conv2d):
     ],
 )
 def test_what_cannot_be_converted_is_refused_by_name(part, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=words) as error:
         glocal.to_attention(part())
+    assert "layers=" not in str(error.value)  # a layer alone cannot be left out
     net = nn.Sequential(nn.Conv2d(3, 3, 1), part())
     with pytest.raises(ValueError, match=f"^1: {'Conv2d' if words[:3] == 'has' else words.split()[0]} .*leave it out"):
         glocal.to_attention(net)

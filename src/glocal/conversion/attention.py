@@ -140,8 +140,9 @@ def _named(model: nn.Module, wanted: Callable[[nn.Module], bool], prefix: str = 
 
 def _converted(name: str, part: nn.Module, make: Callable[[nn.Module], nn.Module]) -> nn.Module:
     if (why := _refusal(part)) is not None:
-        where = f"{name}: {type(part).__name__}" if name else type(part).__name__
-        raise ValueError(f"{where} {why}; leave it out by layers=")
+        if not name:
+            raise ValueError(f"{type(part).__name__} {why}")
+        raise ValueError(f"{name}: {type(part).__name__} {why}; leave it out by layers=")
     mixer: Any = make(part)
     return mixer if isinstance(part, Operator) else ConvolutionAsAttention(mixer)
 
