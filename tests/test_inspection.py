@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import glocal
+from glocal.aggregation import Aggregation, grid_positions
 
 X = torch.randn(2, 6, 5, 32)
 
@@ -225,6 +226,42 @@ def test_queries_of_a_call_for_some_queries():
     assert found.query_positions.tolist() == [[5], [7]]
 
 
+class Halves(glocal.TokenMixer):
+    """What it is a mixture of, and its scores, hear of no queries."""
+
+    def values(self, source):
+        return source.flatten(1, -2).unsqueeze(2)
+
+    def terms(self, x):
+        return torch.einsum("bnc,bmc->bnm", x, x)[:, None]
+
+    def scores(self, x):
+        return {"content": self.terms(x)}
+
+    def parts(self, x):
+        parts = (self.terms(x).softmax(-1), (-self.terms(x)).softmax(-1))
+        return dict(zip(("content", "position"), ((torch.tensor([0.5]), part) for part in parts), strict=True))
+
+    def weights(self, x):
+        one, other = (share * part for share, part in Halves.parts(self, x).values())
+        places = grid_positions(x.shape[1:-1])
+        return Aggregation(one + other, None, x.shape[1], places, places, x.shape[1:-1], x.shape[1:-1])
+
+
+@pytest.mark.parametrize("own", [None, [7, 3, 5]])
+@pytest.mark.parametrize("asked", [None, [2, 0]])
+def test_parts_and_scores_are_those_of_the_queries_whoever_selects_them(own, asked):
+    mixer, x = Halves(8, rank=1), torch.randn(2, 9, 8)
+    with glocal.inspect(mixer) as seen:
+        mixer(x, **({} if own is None else {"queries": torch.tensor(own)}))
+    (call,), rows = seen, own or list(range(9))
+    rows = rows if asked is None else [rows[i] for i in asked]
+    queries = None if asked is None else torch.tensor(asked)
+    parts = call.parts(queries)
+    torch.testing.assert_close(sum(s * part for s, part in parts.values()), call.weights(queries).weights)
+    torch.testing.assert_close(call.scores(queries)["content"], mixer.scores(x)["content"][:, :, rows])
+
+
 @pytest.mark.parametrize(
     "spec",
     ["DynamicConv(rank=1)", "MultiScaleAttention(rank=1)", "WindowAttention(rank=1)", "MaxPooling(stride=2, rank=1)"],
@@ -325,5 +362,6 @@ FAULTS = (
     ),
     ("the recording goes on after the block", "            hook.remove()", "            pass"),
     ("a compiled part is passed over", "isinstance(module, torch._dynamo.OptimizedModule)", "False"),
+    ("rows are those of all queries", 'given = "queries" not in call or', "given = True or"),
     ("queries of queries are taken for queries of all", "queries if asked is None else asked[queries]", "queries"),
 )

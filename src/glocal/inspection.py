@@ -117,9 +117,7 @@ class Call:
         call = self._call_for(queries)
         with self._as_it_was():
             found = self.mixer.scores(**call)
-        if queries is None or "queries" in self.mixer._takes["_scores"]:
-            return found
-        return {name: term if term.shape[2] == 1 else term[:, :, call["queries"]] for name, term in found.items()}
+        return {name: self._rows_of(term, call, "_scores") for name, term in found.items()}
 
     def parts(self, queries: Tensor | None = None) -> dict[str, tuple[Tensor, Tensor]]:
         """Share [G] and weights [B|1, G, N, K] of each part by name, where the weights are a mixture; {} if not.
@@ -128,8 +126,15 @@ class Call:
         """
         if getattr(type(self.mixer), "_parts", TokenMixer._parts) is TokenMixer._parts:
             return {}
+        call = self._call_for(queries)
         with self._as_it_was():
-            return self.mixer.parts(**self._call_for(queries))
+            found = self.mixer.parts(**call)
+        return {name: (share, self._rows_of(part, call, "_parts")) for name, (share, part) in found.items()}
+
+    def _rows_of(self, term: Tensor, call: dict[str, Any], hook: str) -> Tensor:
+        """Those of the queries that the call is for, of what a hook gives that may not have heard of any."""
+        given = "queries" not in call or "queries" in self.mixer._takes[hook]
+        return term if given or term.shape[2] == 1 else term[:, :, call["queries"]]
 
     def _call_for(self, queries: Tensor | None) -> dict[str, Any]:
         """The call's arguments, for some of its queries."""
