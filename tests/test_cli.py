@@ -175,6 +175,8 @@ def glocal_process(folder, *arguments):
     return subprocess.Popen(
         [sys.executable, "-m", "glocal", "compare", "--data", "numbers", "--layouts", "C-C-T-T", *arguments],
         cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # whoever runs the tests in the background ignores Ctrl-C, and so would this process
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
