@@ -116,7 +116,7 @@ def test_specs_nest(user_file):
         ("SelfAttention(num_heads=2 + 2)", ["2 + 2"]),
         ("SelfAttention(num_heads=5)", ["SelfAttention", "5", "32"]),
         ("SelfAttention(num_heads='4')", ["SelfAttention", "num_heads", "'4'"]),
-        ("DepthwiseConv(kernel_size=4)", ["kernel_size", "4", "odd"]),
+        ("NeighborhoodAttention(kernel_size=4)", ["kernel_size", "4", "odd"]),
         ("DepthwiseConv(kernel_size=(3, 3, 3))", ["kernel_size", "3", "rank is 2"]),
         ("DepthwiseConv(kernel_size=0)", ["kernel_size", "0", "positive"]),
         ("DepthwiseConv(rank=3)", ["rank", "3"]),

@@ -21,7 +21,7 @@ EXEMPT = {
     "PaddedLearnedAttention": {"tables"},  # ours; in place of the centres and spreads
     "PaddedQuadraticAttention": {"centers", "spreads"},
     "QuadraticAttention": {"attention_centers", "attention_spreads"},
-    "RelativeAttention": {TABLE},
+    "RelativeAttention": {TABLE, "relative_position_mlp"},
     "ReleasedFocalAttention": OF_FOCAL,
     "WindowAttention": {TABLE},
 }

@@ -35,7 +35,7 @@ WIDE_COMPILE = pytest.mark.skipif(not ASKED, reason="takes minutes; GLOCAL_WIDE=
 TARGETS = [80, 90]
 SHORT = [torch.float32, torch.bfloat16, torch.float16]
 MOST_SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a block may have
-SPILLED = 128  # bytes of a thread
+SPILLED = 256  # bytes of a thread; Triton 3.9 spills 176 where 3.6 spills 88
 
 
 @pytest.fixture

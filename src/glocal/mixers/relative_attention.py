@@ -59,6 +59,7 @@ class RelativeAttention(Attention):
         "RelativeAttention(grid_size=(13, 7), num_heads=2, out_dim=48, after_softmax=True)",
         "RelativeAttention(grid_size=(16,), num_heads=4, qkv_bias=False)",
         "RelativeAttention(grid_size=(8, 8), num_heads=4, position_bias=False)",
+        "RelativeAttention(grid_size=(8, 8), num_heads=4, inner_dim=64, position_mlp=8)",
     )
     undecayed = ("relative_position_bias_table", "relative_position_mlp")
 
@@ -145,7 +146,10 @@ class RelativeAttention(Attention):
 
     def macs(self, grid: Sequence[int]) -> int:
         n = math.prod(grid)
-        return self._projection_macs(n) + 2 * n * n * self._inner
+        products = self._projection_macs(n) + 2 * n * n * self._inner
+        if self.relative_position_mlp is not None and self.position_mlp is not None:
+            products += math.prod(2 * m - 1 for m in grid) * self.position_mlp * (2 + self.num_heads)
+        return products
 
     def _content(self, x: Tensor, queries: Tensor | None) -> Tensor:
         q = self.heads(x, 0)

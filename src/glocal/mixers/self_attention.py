@@ -102,15 +102,14 @@ class SelfAttention(Attention):
         source_pos_embed: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        if source is None and pos_embed is None and source_pos_embed is None:
-            # one product for all three, forward and backward
+        if source is None and pos_embed is None and source_pos_embed is None and cache is None:
+            # one product for all three, forward and backward; a cache would keep all of it for a part
             q, k, v = self.qkv(x.flatten(1, -2)).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
             q = q * self.scale
-            k = k if cache is None else cache.join("keys", k)
         else:
             q, k = self._queries_and_keys(x, source, pos_embed, source_pos_embed, cache)
             v = self.values(x if source is None else source)
-        v = v if cache is None else cache.join("values", v)
+            v = v if cache is None else cache.join("values", v)
         return self.proj(mixed_from_all(q, k, v, valid, causal=self.causal))
 
     def macs(self, grid: Sequence[int]) -> int:
