@@ -224,8 +224,8 @@ FAULTS = {
     "mixers/_norm.py": (
         (
             "the momentum is rounded to float32",
-            "torch.tensor(self.momentum, dtype=self.running_mean.dtype)",
-            "torch.tensor(self.momentum)",
+            "torch.full((), self.momentum, dtype=self.running_mean.dtype, ",
+            "torch.full((), self.momentum, ",
         ),
         (
             "the plain average is one in float32",

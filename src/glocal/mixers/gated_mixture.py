@@ -248,7 +248,7 @@ def _keep_weights_only(part: TokenMixer, grid: tuple[int, ...]) -> int:
     """
     x = _probe(part, grid)
     if isinstance(part, Attention) and type(part.qkv) is nn.Linear and _reads(part, x) == {0, 1}:
-        rows = 2 * part.out_dim
+        rows = part.qkv.out_features // 3 * 2  # those of queries and keys
         part.qkv.out_features = rows
         for name, parameter in list(part.qkv.named_parameters()):
             kept = nn.Parameter(parameter.detach()[:rows].clone(), requires_grad=parameter.requires_grad)
