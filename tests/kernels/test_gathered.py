@@ -51,6 +51,25 @@ def test_gathered_derivatives(index, check):
     assert check(lambda w, v: gathered_sum(w, v, index), (random(B, N, G, K), random(B, M, G, D)))
 
 
+@pytest.mark.parametrize("index", INDICES)
+def test_gathered_tangents(index):
+    """Forward-mode derivatives too, alone and of gradients, against differences."""
+    check = {"check_forward_ad": True, "check_backward_ad": False}
+    assert gradcheck(lambda q, k: gathered_scores(q, k, index), (random(B, N, G, D), random(B, M, G, D)), **check)
+    assert gradcheck(lambda w, v: gathered_sum(w, v, index), (random(B, N, G, K), random(B, M, G, D)), **check)
+
+    q, k, w = (t.detach() for t in (random(B, N, G, D), random(B, M, G, D), random(B, N, G, K)))
+
+    def loss(q):
+        return gathered_sum(gathered_scores(q, k, index).sin() * w, k, index).square().sum()
+
+    given = q.clone().requires_grad_()
+    (first,) = torch.autograd.grad(loss(given), given, create_graph=True)
+    (expected,) = torch.autograd.grad((first * q.cos()).sum(), given)
+    _, found = torch.func.jvp(torch.func.grad(loss), (q,), (q.cos(),))
+    torch.testing.assert_close(found, expected)
+
+
 def test_custom_ops_are_counted():
     with FlopCounterMode(display=False) as counter:
         gathered_scores(random(B, N, G, D), random(B, M, G, D), INDEX[None])
@@ -91,8 +110,12 @@ def test_an_empty_slot_of_a_kernel_takes_nothing_from_what_is_infinite(infinite)
     assert gathered_scores(unread, sources, index)[0, :2].isfinite().all()
 
     picked = sources[0, index[0].clamp(min=0), 0]  # [N, K, D]
+    mapped = torch.func.vmap(gathered_scores, (0, None, None))(unread[None], sources, index)[0]
+    torch.testing.assert_close(mapped, gathered_scores(unread, sources, index), equal_nan=True)
     expected = (weights[0, :, 0].masked_fill(index[0] < 0, 0)[..., None] * picked).sum(1)
     torch.testing.assert_close(gathered_sum(weights, sources, index)[0, :, 0], expected)
+    mapped = torch.func.vmap(gathered_sum, (0, None, None))(weights[None], sources, index)[0]
+    torch.testing.assert_close(mapped, gathered_sum(weights, sources, index))
     sources[:, 0] = infinite  # read by the first query only
     torch.testing.assert_close(gathered_sum(weights, sources, index)[0, 1:, 0], expected[1:])
 
@@ -127,8 +150,8 @@ FAULTS = {
         ),
         (
             "the gradient of the weights has the wrong sign",
-            "gathered_scores(grad, v, index) if need_w",
-            "-gathered_scores(grad, v, index) if need_w",
+            "_scores(grad, v, index) if need_w",
+            "-_scores(grad, v, index) if need_w",
         ),
         (
             "the gradient of the keys counts empty slots for the first source",
@@ -137,8 +160,18 @@ FAULTS = {
         ),
         (
             "a second derivative, that of the scatter by its vectors, is missing",
-            "gathered_sum(w, grad, index) if need_y",
+            "_sum(w, grad, index) if need_y",
             "torch.zeros_like(y) if need_y",
+        ),
+        (
+            "where tangents are wanted an infinite query takes something from an empty slot",
+            'torch.where(full, torch.einsum("bngd,bnkgd->bngk", q, _picked(k, index)), 0)',
+            'torch.einsum("bngd,bnkgd->bngk", q, _picked(k, index))',
+        ),
+        (
+            "tangents are lost",
+            "    if tangents_wanted():\n        full = (index >= 0).unsqueeze(2)\n        return torch.einsum",
+            "    if False:\n        full = (index >= 0).unsqueeze(2)\n        return torch.einsum",
         ),
         ("images after the first read another image's sources", "(total // max(batch, 1))", "index.shape[1]"),
         (

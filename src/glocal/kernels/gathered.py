@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from glocal.kernels.compiled import tangents_wanted
 
-@torch.library.custom_op("glocal::gathered_scores", mutates_args=())
+
 def gathered_scores(q: Tensor, k: Tensor, index: Tensor) -> Tensor:
     """s[b, n, g, t] = <q[b, n, g], k[b, index[n, t], g]>; 0 where the index is -1.
 
@@ -28,8 +29,19 @@ def gathered_scores(q: Tensor, k: Tensor, index: Tensor) -> Tensor:
         [B, N, G, K].
 
     Cost: B*N*K*G*D multiply-adds. Memory: one copy of k at a time.
+
+    Raises:
+        ValueError: shapes that do not fit.
     """
     _check(q, k, index)
+    if tangents_wanted():
+        full = (index >= 0).unsqueeze(2)
+        return torch.where(full, torch.einsum("bngd,bnkgd->bngk", q, _picked(k, index)), 0)
+    return _scores(q, k, index)
+
+
+@torch.library.custom_op("glocal::gathered_scores", mutates_args=())
+def _scores(q: Tensor, k: Tensor, index: Tensor) -> Tensor:
     out = q.new_empty(*q.shape[:3], index.shape[-1])
     wide = _wide(q)
     k = _with_zero(k)
@@ -39,7 +51,6 @@ def gathered_scores(q: Tensor, k: Tensor, index: Tensor) -> Tensor:
     return out
 
 
-@torch.library.custom_op("glocal::gathered_sum", mutates_args=())
 def gathered_sum(w: Tensor, v: Tensor, index: Tensor) -> Tensor:
     """y[b, n, g] = sum over t of w[b, n, g, t] * v[b, index[n, t], g]; empty slots count as zero.
 
@@ -52,8 +63,19 @@ def gathered_sum(w: Tensor, v: Tensor, index: Tensor) -> Tensor:
         [B, N, G, D].
 
     Cost: B*N*K*G*D multiply-adds. Memory: one copy of v at a time.
+
+    Raises:
+        ValueError: shapes that do not fit.
     """
     _check(w, v, index)
+    if tangents_wanted():
+        full = (index >= 0).unsqueeze(2)
+        return torch.einsum("bngk,bnkgd->bngd", torch.where(full, w, 0), _picked(v, index))
+    return _sum(w, v, index)
+
+
+@torch.library.custom_op("glocal::gathered_sum", mutates_args=())
+def _sum(w: Tensor, v: Tensor, index: Tensor) -> Tensor:
     wide = _wide(w)
     out = torch.zeros(*w.shape[:3], v.shape[-1], dtype=wide, device=w.device)
     width, v = v.shape[-1], _with_zero(v)
@@ -84,6 +106,13 @@ def gathered_scatter(w: Tensor, y: Tensor, index: Tensor, num_sources: int) -> T
     return out[:total].view(y.shape[0], num_sources, *y.shape[2:]).to(y.dtype)
 
 
+def _picked(sources: Tensor, index: Tensor) -> Tensor:
+    """[B, N, K, G, D], zeros in empty slots: K copies, but of functions that torch differentiates in every way."""
+    images = torch.arange(len(sources), device=index.device).view(-1, 1, 1)
+    picked = sources[images, index.clamp(min=0)]
+    return torch.where((index >= 0)[..., None, None], picked, 0)
+
+
 def _with_zero(sources: Tensor) -> Tensor:
     """[B, M, G, D] -> [B*M + 1, G, D]; what empty slots read is a row of zeros, whatever the sources hold."""
     return torch.cat([sources.flatten(0, 1), sources.new_zeros(1, *sources.shape[2:])])
@@ -110,12 +139,12 @@ def _check(queries: Tensor, sources: Tensor, index: Tensor) -> None:
         raise ValueError(f"sources: have shape {tuple(sources.shape)}, the queries {tuple(queries.shape)}")
 
 
-@gathered_scores.register_fake
+@_scores.register_fake
 def _(q: Tensor, k: Tensor, index: Tensor) -> Tensor:
     return q.new_empty(*q.shape[:3], index.shape[-1])
 
 
-@gathered_sum.register_fake
+@_sum.register_fake
 def _(w: Tensor, v: Tensor, index: Tensor) -> Tensor:
     return w.new_empty(*w.shape[:3], v.shape[-1])
 
@@ -133,7 +162,7 @@ def _scores_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     q, k, index = ctx.saved_tensors
     need_q, need_k, _ = ctx.needs_input_grad
     return (
-        gathered_sum(grad, k, index) if need_q else None,
+        _sum(grad, k, index) if need_q else None,
         gathered_scatter(grad, q, index, k.shape[1]) if need_k else None,
         None,
     )
@@ -143,7 +172,7 @@ def _sum_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     w, v, index = ctx.saved_tensors
     need_w, need_v, _ = ctx.needs_input_grad
     return (
-        gathered_scores(grad, v, index) if need_w else None,
+        _scores(grad, v, index) if need_w else None,
         gathered_scatter(w, grad, index, v.shape[1]) if need_v else None,
         None,
     )
@@ -153,15 +182,15 @@ def _scatter_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     w, y, index = ctx.saved_tensors
     need_w, need_y = ctx.needs_input_grad[:2]
     return (
-        gathered_scores(y, grad, index) if need_w else None,
-        gathered_sum(w, grad, index) if need_y else None,
+        _scores(y, grad, index) if need_w else None,
+        _sum(w, grad, index) if need_y else None,
         None,
         None,
     )
 
 
-gathered_scores.register_autograd(_scores_backward, setup_context=_save)
-gathered_sum.register_autograd(_sum_backward, setup_context=_save)
+_scores.register_autograd(_scores_backward, setup_context=_save)
+_sum.register_autograd(_sum_backward, setup_context=_save)
 gathered_scatter.register_autograd(_scatter_backward, setup_context=_save)
 
 
