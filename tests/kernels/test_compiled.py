@@ -85,7 +85,7 @@ def test_without_a_compiler_the_result_is_the_same(tmp_path, environment, reason
 
 @needs_compiler
 def test_what_the_compiler_says_is_told(tmp_path):
-    assert "unrecognized" in said(start(tmp_path, GLOCAL_CFLAGS="-mno-such-machine"))
+    assert "-mno-such-machine" in said(start(tmp_path, GLOCAL_CFLAGS="-mno-such-machine"))
 
 
 @needs_compiler
@@ -116,6 +116,29 @@ def test_the_cache_is_the_users_alone(tmp_path, monkeypatch):
     assert folder == tmp_path / "kernels" and stat.S_IMODE(folder.stat().st_mode) == 0o700
     folder.chmod(0o777)  # anybody could put a library there
     assert compiled._folder.__wrapped__() != folder
+
+
+HALVES = """
+    import torch
+    from glocal.kernels import compiled, local_sum
+    every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    factors = torch.tensor([1, -1, 1 / 3, 6e-5, 7e-8, 1e-3, 1.0009765625, 1500], dtype=torch.float16)
+    for channels in (8, 5):  # in whole vectors and one by one
+        x, w = every.view(1, -1, 1).expand(-1, -1, channels).contiguous(), factors[:channels].view(1, 1, channels, 1)
+        expected = (x.double() * w.flatten().double()).half()
+        torch.testing.assert_close(local_sum(x, w), expected, rtol=0, atol=0, equal_nan=True)
+    assert not [found for found in compiled._found.values() if isinstance(found, str)], compiled._found
+"""
+
+
+@needs_compiler
+@pytest.mark.parametrize("flags", ["", "-U__FLT16_MAX__"], ids=["own type", "by hand"])
+def test_float16_with_and_without_a_type_of_the_compiler(tmp_path, flags):
+    """Every number is widened exactly, and every product of two rounded as torch rounds it."""
+    environment = {**os.environ, "GLOCAL_CACHE": str(tmp_path), "GLOCAL_CFLAGS": f"-O3 -fopenmp {flags}"}
+    command = [sys.executable, "-W", "error::UserWarning", "-c", textwrap.dedent(HALVES)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @needs_compiler
@@ -172,11 +195,21 @@ def test_the_system_hears_of_it():
     assert compiled._advise()(begin, new.data_ptr() + new.nbytes - begin, mmap.MADV_HUGEPAGE) == 0
 
 
-FAULTS = (
-    ("huge pages are asked for at an odd address", "new.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE", "new.data_ptr()"),
-    ("a library is written under its own name while it is built", "os.replace(unfinished, path)", "pass"),
-    ("sources do not count for the name", "hashlib.sha256(text + ", "hashlib.sha256("),
-    ("the types of elements share a library", 'f"-D{TYPES[dtype]}", ', '"-DFLOAT32", '),
-    ("anybody may write to the cache", "mode=0o700", "mode=0o777"),
-    ("a failure of memory goes unnoticed", "raise MemoryError(", "print("),
-)
+FAULTS = {
+    "kernels/compiled.py": (
+        ("huge pages are asked for at an odd address", "new.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE", "new.data_ptr()"),
+        ("a library is written under its own name while it is built", "os.replace(unfinished, path)", "pass"),
+        ("sources do not count for the name", "hashlib.sha256(text + ", "hashlib.sha256("),
+        ("the types of elements share a library", 'f"-D{TYPES[dtype]}", ', '"-DFLOAT32", '),
+        ("anybody may write to the cache", "mode=0o700", "mode=0o777"),
+        ("a failure of memory goes unnoticed", "raise MemoryError(", "print("),
+    ),
+    "kernels/common.h": (
+        ("the smallest halves are widened to twice as much", "float_of(0x38800000)); /* 2", "float_of(0x38000000)); /* 2"),
+        ("infinity is widened to 65536", "rest >= 0x0f800000 ?", "rest >= 0x1f800000 ?"),
+        ("ties are rounded up", "rest - 0x38000000 + 0xfff + (rest >> 13 & 1)", "rest - 0x38000000 + 0x1000"),
+        ("what is too large for a half wraps around", "rest >= 0x47800000 ? large", "rest > 0x7f800000 ? large"),
+        ("small products lose their last bit", "+ 0.5f) - 0x3f000000", "+ 1.0f) - 0x3f800000"),
+        ("an older compiler's halves lose their sign", "(uint16_t)(sign | (rest", "(uint16_t)((rest"),
+    ),
+}

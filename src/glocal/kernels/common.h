@@ -21,8 +21,10 @@ typedef int32_t lane_index;
 #define LANES 8
 #if defined(BFLOAT16)
 typedef uint16_t scalar;
-#elif defined(FLOAT16)
+#elif defined(FLOAT16) && defined(__FLT16_MAX__)
 typedef _Float16 scalar;
+#elif defined(FLOAT16)
+typedef uint16_t scalar; /* gcc before 12 and clang before 15 have no such type for x86 */
 #else
 typedef float scalar;
 #endif
@@ -44,12 +46,25 @@ INLINE vec load(const real *from) { return *(const unaligned *)from; }
 
 INLINE void store(real *to, vec v) { *(unaligned *)to = v; }
 
-INLINE real widened(scalar s) {
-#if defined(BFLOAT16)
-    uint32_t bits = (uint32_t)s << 16;
+INLINE float float_of(uint32_t bits) {
     float value;
     memcpy(&value, &bits, sizeof value);
     return value;
+}
+
+INLINE uint32_t bits_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+INLINE real widened(scalar s) {
+#if defined(BFLOAT16)
+    return float_of((uint32_t)s << 16);
+#elif defined(FLOAT16) && !defined(__FLT16_MAX__)
+    uint32_t sign = (uint32_t)(s & 0x8000) << 16, rest = (uint32_t)(s & 0x7fff) << 13;
+    uint32_t small = bits_of(float_of(rest + 0x38800000) - float_of(0x38800000)); /* 2^-14: below it ulps are equal */
+    return float_of(sign | (rest >= 0x0f800000 ? rest | 0x7f800000 : rest >= 0x00800000 ? rest + 0x38000000 : small));
 #else
     return (real)s;
 #endif
@@ -57,10 +72,15 @@ INLINE real widened(scalar s) {
 
 INLINE scalar narrowed(real value) {
 #if defined(BFLOAT16)
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
+    uint32_t bits = bits_of(value);
     if (value != value) return (uint16_t)(bits >> 16 | 0x40);  /* rounding could turn a NaN into infinity */
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  /* to nearest, ties to even */
+#elif defined(FLOAT16) && !defined(__FLT16_MAX__)
+    uint32_t bits = bits_of(value), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
+    uint32_t small = bits_of(float_of(rest) + 0.5f) - 0x3f000000; /* the ulp of 0.5 is the smallest half */
+    uint32_t large = rest > 0x7f800000 ? 0x7e00 | (rest >> 13 & 0x3ff) : 0x7c00;
+    uint32_t normal = (rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13;
+    return (uint16_t)(sign | (rest >= 0x47800000 ? large : rest >= 0x38800000 ? normal : small));
 #else
     return (scalar)value;
 #endif
@@ -98,11 +118,15 @@ INLINE vec load_widened(const scalar *from) {
     halves h;
     memcpy(&h, from, sizeof h);
     return (vec)(__builtin_convertvector(h, wholes) << 16);
-#elif defined(FLOAT16)
+#elif defined(FLOAT16) && defined(__FLT16_MAX__)
     typedef _Float16 halves __attribute__((vector_size(16)));
     halves h;
     memcpy(&h, from, sizeof h);
     return __builtin_convertvector(h, vec);
+#elif defined(FLOAT16)
+    vec v;
+    for (int i = 0; i < LANES; i++) v[i] = widened(from[i]);
+    return v;
 #else
     return load(from);
 #endif
@@ -118,10 +142,12 @@ INLINE void store_narrowed(scalar *to, vec v) {
     bits = ((bits + 0x7fff + (bits >> 16 & 1)) & ~nan) | ((bits | 0x400000) & nan);
     halves h = __builtin_convertvector(bits >> 16, halves);
     memcpy(to, &h, sizeof h);
-#else
+#elif defined(__FLT16_MAX__)
     typedef _Float16 halves __attribute__((vector_size(16)));
     halves h = __builtin_convertvector(v, halves);
     memcpy(to, &h, sizeof h);
+#else
+    for (int i = 0; i < LANES; i++) to[i] = narrowed(v[i]);
 #endif
 }
 
