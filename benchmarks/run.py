@@ -3,7 +3,8 @@
     python benchmarks/run.py [CASE ...] [--dtype float32] [--repeats 3] [--out results.jsonl] [--picture ratios.svg]
 
 CASE is a name or a pattern such as 'static/*' (`--list` names all); `bars` stands for the cases that something is
-required of, and says below them what holds. Without any, all are run, which takes an hour.
+required of, beside the peers that this names, and says below them what holds. Without any, all are run, which takes an
+hour.
 
 Each case is measured in several processes, since the same call may take twice as long in the next one: times are
 medians of the processes' medians, with the quartiles of the one in the middle; ratios are taken within a process, and
@@ -59,11 +60,17 @@ Found = dict[str, Any]  # as it goes through JSON
 # In a process of its own
 
 
-def measure(name: str, dtype: torch.dtype, rounds: int, compiled: bool, memory: bool) -> Found:
-    """Both passes of a case: {pass: {call: times}}; a call that fails says why instead."""
+def measure(name: str, dtype: torch.dtype, rounds: int, compiled: bool, memory: bool, judged: bool) -> Found:
+    """Both passes of a case: {pass: {call: times}}; a call that fails says why instead.
+
+    judged: only what is required of the case.
+    """
     torch.manual_seed(0)
     floor = measured_floor()
     problem = CASES[name].make(compiled)
+    if judged:
+        wanted = {OURS}.union(*(bar.peers for bar in BARS if bar.case == name))
+        problem.calls = {peer: call for peer, call in problem.calls.items() if peer in wanted}
     tensors = [t.to(dtype) for t in problem.tensors]
     for call in problem.calls.values():
         call.to(dtype)
@@ -247,9 +254,11 @@ def main() -> int:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--first", help=argparse.SUPPRESS)
     parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--judged", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
-        print(json.dumps(measure(given.child, DTYPES[given.dtype], given.rounds, given.compiled, given.memory)))
+        about = given.child, DTYPES[given.dtype], given.rounds, given.compiled, given.memory, given.judged
+        print(json.dumps(measure(*about)))
         return 0
     if given.first:
         print(json.dumps(first_call(given.first)))
@@ -261,7 +270,7 @@ def main() -> int:
     about, rows = surroundings(), []
     for name in names:
         arguments = ["--child", name, "--dtype", given.dtype, "--rounds", str(given.rounds)]
-        arguments += ["--compiled"] * given.compiled
+        arguments += ["--compiled"] * given.compiled + ["--judged"] * (given.cases == ["bars"])
         found = [
             child(arguments + ["--memory"] * (i == 0), CASES[name].environment) for i in range(max(given.repeats, 1))
         ]

@@ -138,9 +138,11 @@ def run(bench, monkeypatch):
         return module.main()
 
     def child(arguments, environment):
-        given = dict(zip(arguments[::2], arguments[1::2], strict=False))
-        assert given["--child"] and (arguments[-1] == "--memory" or len(arguments) % 2 == 0)
-        found = module.measure(given["--child"], torch.float32, int(given["--rounds"]), False, "--memory" in arguments)
+        given = dict(zip(arguments[:6:2], arguments[1:6:2], strict=True))
+        flags = {"--memory", "--judged"} & {*arguments}
+        assert len(arguments) == 6 + len(flags)
+        about = given["--child"], torch.float32, int(given["--rounds"]), False
+        found = module.measure(*about, "--memory" in flags, "--judged" in flags)
         return json.loads(json.dumps(found))
 
     monkeypatch.setattr(module, "child", child)
@@ -165,6 +167,18 @@ def test_results_are_printed_written_and_drawn(bench, run, tmp_path, capsys):
     assert "x glocal's time" in capsys.readouterr().out
     drawn = picture.read_text()
     assert drawn.startswith("<svg xmlns") and "tiny/static" in drawn and drawn.count("<title>") == 2
+
+
+def test_only_what_is_required_is_measured_where_only_that_is_asked_for(bench, run, monkeypatch, tmp_path):
+    module = bench("run")
+    bar = bench("cases").Bar("tiny/static", "forward", ("unfold",), 0.0)
+    monkeypatch.setattr(module, "BARS", [bar])
+    monkeypatch.setattr(module, "SMALL_CASE", "tiny/static")
+    monkeypatch.setattr(module, "first_calls", lambda repeats: [])
+    out = tmp_path / "results.jsonl"
+    assert run("bars", "--repeats", "1", "--rounds", "3", "--out", str(out)) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [sorted(row["calls"]) for row in rows] == [["glocal", "unfold"]] * 2
 
 
 def test_a_rival_that_fails_is_said_in_a_sentence(bench, run, monkeypatch, capsys):
