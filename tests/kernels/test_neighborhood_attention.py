@@ -302,7 +302,7 @@ def test_compiled_and_eager_agree_on_anything(call):
 # planted by scripts/mutate
 FAULTS = {
     (
-        "kernels/neighborhood_attention.c",
+        "kernels/neighborhoods.h",
         "kernels/test_neighborhood_attention.py",
         "kernels/test_neighborhood_attention_use.py",
     ): (
@@ -322,6 +322,38 @@ FAULTS = {
             "entry_y = c->kh - 2 + sy - y,",
         ),
         (
+            "tokens that are not real are seen",
+            "real_token[(i - left) * c->dw] ? 0 : -INFINITY;",
+            "real_token[(i - left) * c->dw] ? 0 : 0;",
+        ),
+        (
+            "dilated tokens of a row all start at its first",
+            "first = t->col + c->dw * (p->x0 + from);",
+            "first = c->dw * (p->x0 + from);",
+        ),
+    ),
+    (
+        "kernels/neighborhood_attention.c",
+        "kernels/test_neighborhood_attention.py",
+        "kernels/test_neighborhood_attention_use.py",
+    ): (
+        (
+            "queries behind a past are those at its beginning",
+            "c->dw * (x + j) - c->past, first",
+            "c->dw * (x + j), first",
+        ),
+        (
+            "the largest score is not taken off",
+            "real top = most[j] == -INFINITY ? 0 : most[j];",
+            "real top = most[j] = 0;",
+        ),
+    ),
+    (
+        "kernels/neighborhood_attention_backward.c",
+        "kernels/test_neighborhood_attention.py",
+        "kernels/test_neighborhood_attention_use.py",
+    ): (
+        (
             "keys get nothing from the queries of the tile above",
             "qy0 = MIN(t->y0, first_seeing(&t->y, t->y0))",
             "qy0 = t->y0",
@@ -332,24 +364,9 @@ FAULTS = {
             "v_places + s, DV));\n    if (s < to) store",
         ),
         (
-            "queries behind a past are those at its beginning",
-            "c->dw * (x + j) - c->past, first",
-            "c->dw * (x + j), first",
-        ),
-        (
-            "tokens that are not real are seen",
-            "real_token[(i - left) * c->dw] ? 0 : -INFINITY;",
-            "real_token[(i - left) * c->dw] ? 0 : 0;",
-        ),
-        (
             "the last queries of a row give nothing to the bias",
             "        flush(c, &line, table);\n",
             "",
-        ),
-        (
-            "the largest score is not taken off",
-            "real top = most[j] == -INFINITY ? 0 : most[j];",
-            "real top = most[j] = 0;",
         ),
         (
             "the gradient of q is not scaled",
@@ -360,11 +377,6 @@ FAULTS = {
             "the number of threads changes the sums of the bias' gradient",
             "jobs = MIN(each, c->jobs);",
             "jobs = MIN(each, threads);",
-        ),
-        (
-            "dilated tokens of a row all start at its first",
-            "first = t->col + c->dw * (p->x0 + from);",
-            "first = c->dw * (p->x0 + from);",
         ),
         (
             "a query of another tile gives to the keys of the row above",

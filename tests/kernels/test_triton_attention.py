@@ -402,7 +402,7 @@ def nothing_else(request, monkeypatch):
 
         for function, names in (
             (neighborhood_attention, ["_function", "_neighbors"]),
-            (window_attention, ["_library", "_eager", "_eager_backward"]),
+            (window_attention, ["_function", "_eager", "_eager_backward"]),
             (biased_attention, ["plain", "_at_once", "_windows"]),
         ):
             for name in names:

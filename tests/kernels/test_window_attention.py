@@ -353,7 +353,7 @@ def test_any_problem(problem):
 
 # planted by scripts/mutate
 FAULTS = {
-    "kernels/window_attention.c": (
+    "kernels/windows.h": (
         ("the last window of a rolled grid is not cut", "else if (end == a->length) end = border;", ";"),
         (
             "windows of small images are shifted",
@@ -383,11 +383,16 @@ FAULTS = {
             "exp_vec(load(scores + j) - most[i])",
             "exp_vec(load(scores + j))",
         ),
+        ("images are cut by the whole grid", "p->extents ? p->extents + 2 * image : whole", "whole"),
+    ),
+    "kernels/window_attention.c": (
         (
             "queries have no scale",
             "gather(w->q, qkv, token, &w->now, p, 1 / sqrt(width));",
             "gather(w->q, qkv, token, &w->now, p, 1);",
         ),
+    ),
+    "kernels/window_attention_backward.c": (
         ("the gradient of the queries has no scale", "columns, width, scale);", "columns, width, 1);"),
         (
             "the gradient of the weights leaves out the softmax",
@@ -409,7 +414,6 @@ FAULTS = {
             "for (int64_t chunk = 0; chunk < p.chunks; chunk++) sum",
             "for (int64_t chunk = 0; chunk < 1; chunk++) sum",
         ),
-        ("images are cut by the whole grid", "p->extents ? p->extents + 2 * image : whole", "whole"),
     ),
     "kernels/window_attention.py": (
         ("without a compiler the shift turns around", "front = (window - shift) % window  #", "front = shift  #"),
@@ -440,8 +444,8 @@ FAULTS = {
         ),
         (
             "strides are taken for those of a contiguous tensor",
-            "library.forward,\n        qkv.contiguous(),",
-            "library.forward,\n        qkv,",
+            "function,\n        qkv.contiguous(),\n        None",
+            "function,\n        qkv,\n        None",
         ),
     ),
 }

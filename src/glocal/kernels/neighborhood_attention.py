@@ -1,6 +1,6 @@
 """Neighborhood attention in one pass: no index tables, and nothing of size N*K that outlives a query.
 
-Compiled C on a CPU (neighborhood_attention.c), Triton on a GPU (triton/attention.py). Where neither can be had, one
+Compiled C on a CPU (neighborhood_attention*.c), Triton on a GPU (triton/attention.py). Where neither can be had, one
 slot after the other by the gathered kernels. All are opaque to torch.compile and torch.export.
 
 Shape letters: B batch, S grid, N queries, M sources, G heads, D channels of a head (E of a value), K neighbors.
@@ -18,7 +18,6 @@ from glocal.kernels import gpu
 from glocal.kernels.compiled import Unavailable, call, load, on_huge_pages, tangents_wanted
 from glocal.kernels.gathered import gathered_scatter, gathered_scores, gathered_sum
 
-FILE = "neighborhood_attention.c"
 # Queries of a tile, at least and at most. More of them share the margin of keys around it; fewer make more tiles, of
 # which every thread should find one.
 FORWARD_AREA, BACKWARD_AREA = (512, 512), (512, 1600)
@@ -139,7 +138,7 @@ def _forward(
         lse = calls.forward(layout, flat_q, flat_k, flat_v, *_extras(bias, valid, extents), scale, out)
         return out, lse.view(q.shape[:-1])
     try:
-        function = _function(q, v, "FORWARD")
+        function = _function("neighborhood_attention", q, v)
     except Unavailable:
         pass
     else:
@@ -187,7 +186,7 @@ def _backward(
         entries = calls.backward(layout, grad.to(q.dtype), flat_q, flat_k, flat_v, *extras, scale, out, lse, grads)
         return *found[:3], found[3] if bias is None or entries is None else entries.view(bias.shape)
     try:
-        function = _function(q, v, "BACKWARD")
+        function = _function("neighborhood_attention_backward", q, v)
     except Unavailable:
         pass
     else:
@@ -216,11 +215,10 @@ def _on_gpu(q: Tensor, v: Tensor) -> bool:
     return gpu.takes(q) and max(q.shape[-1], v.shape[-1]) <= gpu.WIDEST
 
 
-def _function(q: Tensor, v: Tensor, which: str) -> Any:
+def _function(operation: str, q: Tensor, v: Tensor) -> Any:
     if q.device.type != "cpu":
         raise Unavailable(f"compiled kernels are for CPUs, not {q.device.type}")
-    sizes = {which: 1, "DIM": q.shape[-1], "VALUE_DIM": v.shape[-1]}
-    return load(FILE, q.dtype, **sizes).neighborhood_attention
+    return getattr(load(f"{operation}.c", q.dtype, DIM=q.shape[-1], VALUE_DIM=v.shape[-1]), operation)
 
 
 def _numbers(

@@ -16,8 +16,6 @@ from torch.utils.flop_counter import register_flop_formula
 from glocal.kernels import gpu
 from glocal.kernels.compiled import Unavailable, call, load, on_huge_pages, prepare, tangents_wanted
 
-SOURCE = "window_attention.c"
-
 
 def window_attention(
     qkv: Tensor,
@@ -64,7 +62,7 @@ def window_attention(
         return _eager(qkv, table, extents, num_heads, window_size, shift_size, rolled_size)
     learned = torch.is_grad_enabled() and qkv.requires_grad and qkv.device.type == "cpu"
     if learned and not gpu.takes(qkv) and not torch.compiler.is_compiling():
-        prepare(SOURCE, qkv.dtype, PASS_BACKWARD=1)  # beside the forward pass, since it takes the compiler longer
+        prepare("window_attention_backward.c", qkv.dtype)  # beside the forward pass, as it takes the compiler longer
     return _forward(qkv, table, extents, num_heads, window_size, shift_size, rolled_size)
 
 
@@ -122,7 +120,7 @@ def _forward(
     if gpu.takes(qkv) and _widest(qkv, num_heads) <= gpu.WIDEST:
         return _by_triton(qkv, table, extents, num_heads, window_size, shift_size, rolled_size)[0]
     try:
-        library = _library(qkv, "FORWARD")
+        function = _function("window_attention", qkv)
     except Unavailable:
         with torch.autocast(qkv.device.type, enabled=False):  # its products would be rounded, its mask be infinite
             return _eager(qkv, table, extents, num_heads, window_size, shift_size, rolled_size).contiguous()
@@ -130,7 +128,7 @@ def _forward(
     if extents is not None:
         out.zero_()
     call(
-        library.forward,
+        function,
         qkv.contiguous(),
         None if table is None else table.contiguous(),
         _two_axes(extents),
@@ -160,7 +158,7 @@ def _backward(
     if gpu.takes(qkv) and _widest(qkv, num_heads) <= gpu.WIDEST:
         return _backward_by_triton(grad, qkv, table, extents, *layout)
     try:
-        library = _library(qkv, "BACKWARD")
+        function = _function("window_attention_backward", qkv)
     except Unavailable:
         with torch.autocast(qkv.device.type, enabled=False):
             return _eager_backward(grad, qkv, table, extents, *layout)
@@ -168,7 +166,7 @@ def _backward(
     if extents is not None:
         qkv_grad.zero_()
     call(
-        library.backward,
+        function,
         grad.to(qkv.dtype).contiguous(),
         qkv.contiguous(),
         None if table is None else table.contiguous(),
@@ -235,8 +233,8 @@ def _heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
     return qkv.flatten(1, -2).unflatten(-1, (3, num_heads, -1)).unbind(2)
 
 
-def _library(qkv: Tensor, which: str) -> Any:
-    return load(SOURCE, qkv.dtype, **{f"PASS_{which}": 1})
+def _function(operation: str, qkv: Tensor) -> Any:
+    return getattr(load(f"{operation}.c", qkv.dtype), operation)
 
 
 def _shape(
