@@ -197,7 +197,11 @@ def test_the_system_hears_of_it():
 
 FAULTS = {
     "kernels/compiled.py": (
-        ("huge pages are asked for at an odd address", "new.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE", "new.data_ptr()"),
+        (
+            "huge pages are asked for at an odd address",
+            "new.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE",
+            "new.data_ptr()",
+        ),
         ("a library is written under its own name while it is built", "os.replace(unfinished, path)", "pass"),
         ("sources do not count for the name", "hashlib.sha256(text + ", "hashlib.sha256("),
         ("the types of elements share a library", 'f"-D{TYPES[dtype]}", ', '"-DFLOAT32", '),
@@ -205,7 +209,7 @@ FAULTS = {
         ("a failure of memory goes unnoticed", "raise MemoryError(", "print("),
     ),
     "kernels/common.h": (
-        ("the smallest halves are widened to twice as much", "float_of(0x38800000)); /* 2", "float_of(0x38000000)); /* 2"),
+        ("the smallest halves are widened wrongly", "float_of(0x38800000)); /* 2", "float_of(0x38000000)); /* 2"),
         ("infinity is widened to 65536", "rest >= 0x0f800000 ?", "rest >= 0x1f800000 ?"),
         ("ties are rounded up", "rest - 0x38000000 + 0xfff + (rest >> 13 & 1)", "rest - 0x38000000 + 0x1000"),
         ("what is too large for a half wraps around", "rest >= 0x47800000 ? large", "rest > 0x7f800000 ? large"),
