@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 import glocal
 from glocal import cli
@@ -122,30 +121,19 @@ def test_a_convolutional_network(tmp_path):
     assert {len(layer["index"]) for layer in layers} == {1} and not any(layer["shares"] for layer in layers)
 
 
-def test_a_model_of_ours_by_name(tmp_path, monkeypatch):
-    class Small(nn.Module):
-        in_chans, img_size = 3, (12, 12)
-
-        def __init__(self):
-            super().__init__()
-            self.layer = glocal.build("SelfAttention(num_heads=1)", 3)
-
-        def forward(self, x):
-            return self.layer(x.movedim(1, -1)).mean((1, 2))
-
-    def create_model(name):
-        if name != "small(depth=1.0)":
-            raise ValueError(f"model: unknown name {name!r}")
-        return Small()
-
-    monkeypatch.setitem(sys.modules, "glocal.models", types.SimpleNamespace(create_model=create_model))
-    code, page = explore(tmp_path, "small(depth=1.0)")
+def test_a_model_of_ours_by_name(tmp_path):
+    """Images of the size and the channels that it was made for, unless its name says otherwise."""
+    small = "vit_tiny(depth=1, in_chans=1, img_size=(64, 96))"
+    code, page = explore(tmp_path, small)
     assert code == 0
     assert "Its weights are random: nothing here was learned." in page
-    assert about(page)["layers"][0]["queries"]["grid"] == [12, 12]
-    torch.save(Small().state_dict(), tmp_path / "own.pt")
-    assert "random" not in explore(tmp_path, "small(depth=1.0)", "--weights", tmp_path / "own.pt")[1]
-    assert explore(tmp_path, "smal")[0] == 2
+    assert about(page)["layers"][0]["queries"]["grid"] == [4, 6]
+    assert about(explore(tmp_path, "vit_tiny(depth=1)")[1])["layers"][0]["queries"]["grid"] == [14, 14]
+    assert about(explore(tmp_path, "resnet18_cifar")[1])["layers"][0]["queries"]["grid"] == [32, 32]
+    model = glocal.create_model(small)
+    torch.save(model.state_dict(), tmp_path / "own.pt")
+    assert "random" not in explore(tmp_path, small, "--weights", tmp_path / "own.pt")[1]
+    assert explore(tmp_path, "vit_tinny")[0] == 2
 
 
 def one_line(capsys):

@@ -193,14 +193,17 @@ def _epochs(path: Path) -> list[dict[str, Any]]:
 def _of_ours(command: "ExploreCommand", name: str) -> _Loaded:
     import torch
 
-    from glocal.models import create_model
+    from glocal.arguments import per_axis
+    from glocal.models import create_model, defaults
+    from glocal.spec import name_and_literals
 
     with torch.random.fork_rng():
         torch.manual_seed(command.seed)
         model = create_model(name)
-    size = getattr(model, "img_size", 32)
-    in_chans = int(getattr(model, "in_chans", 0) or getattr(getattr(model, "patch_embed", None), "in_chans", 3))
-    return _with_weights(command, model, name, in_chans, (size, size) if isinstance(size, int) else tuple(size))
+    base, own = name_and_literals(name)
+    made_for = {**defaults(base), **own}
+    height, width = per_axis("img_size", made_for["img_size"], 2)
+    return _with_weights(command, model, name, made_for["in_chans"], (height, width))
 
 
 def _of_timm(command: "ExploreCommand", name: str) -> _Loaded:
