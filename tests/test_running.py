@@ -2,6 +2,10 @@
 
 import multiprocessing
 import os
+import platform
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -120,6 +124,33 @@ def test_an_interrupted_consumer_ends_the_workers(tmp_path):
     assert not multiprocessing.active_children()
 
 
+GLIBC = platform.libc_ver()[0] == "glibc" and tuple(map(int, platform.libc_ver()[1].split("."))) >= (2, 35)
+
+
+@pytest.mark.skipif(not GLIBC, reason="needs glibc 2.35 or newer")
+def test_what_is_freed_is_handed_out_again_without_new_pages():
+    """40 MiB are more than glibc keeps by itself."""
+    script = """
+        import resource, torch
+        from glocal.running import keep_freed_memory
+        def faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(5):
+                torch.empty(10 * 2**20).fill_(1)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        print(faults())
+        keep_freed_memory()
+        faults()
+        print(faults())
+    """
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], env=environment, capture_output=True, text=True, check=True
+    )
+    before, after = map(int, run.stdout.split())
+    assert after < 100 < before
+
+
 # In this process
 
 
@@ -146,6 +177,8 @@ def test_cores():
 
 # planted by scripts/mutate
 FAULTS = (
+    ("freed memory goes back to the system", "    mallopt(m_trim_threshold, 2**30)\n", ""),
+    ("large blocks are mapped anew", "if not mallopt(m_mmap_threshold, 2**30):", "if True:"),
     (
         "a run that failed is passed over",
         "                        raise RunFailed(content)\n",

@@ -157,7 +157,7 @@ def _work(connection: Connection, images: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
-    _keep_freed_memory()
+    keep_freed_memory()
     _end_with(os.getppid(), Path(images))
     data: dict[str, ImageData] = {}
     try:
@@ -221,7 +221,7 @@ def _leave(folder: Path) -> NoReturn:
     os._exit(1)
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Tells glibc to keep freed memory for the next tensor (does nothing elsewhere).
 
     By default it returns blocks of more than some hundred KiB to the system at once, and every activation of every
@@ -233,7 +233,8 @@ def _keep_freed_memory() -> None:
     except (AttributeError, OSError, TypeError):
         return
     m_trim_threshold, m_mmap_threshold = -1, -3  # glibc, malloc.h
-    mallopt(m_mmap_threshold, 32 * 2**20)  # the largest value it takes
+    if not mallopt(m_mmap_threshold, 2**30):
+        mallopt(m_mmap_threshold, 32 * 2**20)  # the most that glibc before 2.35 takes
     mallopt(m_trim_threshold, 2**30)
 
 

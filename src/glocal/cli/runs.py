@@ -48,9 +48,10 @@ def train_command(name: str, arguments: Sequence[str]) -> int:
         return 0
     from glocal.data import load
     from glocal.progress import Progress
-    from glocal.running import train_here
+    from glocal.running import keep_freed_memory, train_here
 
     kept = f"the last state is kept in {str(command.out)!r}; the same command with --resume continues"
+    keep_freed_memory()  # the process is ours
     with said_in_one_line(name, kept):
         data = load(command.run.data.source)
         with Progress([command.run.model.name], [1.0]) as progress:
