@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import sys
 from typing import NamedTuple
 
 import hypothesis
@@ -202,7 +203,8 @@ def test_errs_no_more_than_the_library(kernel, dtype):
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if math.prod(c.grid) > 50], ids=str)
-def test_threads_change_no_bit(case):
+def test_threads_change_no_bit(case, monkeypatch):
+    monkeypatch.setattr(sys.modules[local_sum.__module__], "BY_LIBRARY", 1)  # whose own sums depend on them
     tensors = case.tensors(torch.float32)
     before, seen = torch.get_num_threads(), []
     try:
@@ -216,6 +218,21 @@ def test_threads_change_no_bit(case):
     for other in seen[1:]:
         for a, b in zip(seen[0], other, strict=True):
             assert torch.equal(a, b)
+
+
+def test_small_kernels_on_images_are_the_librarys():
+    """With gradients up to three taps along an axis, without up to five: there it was measured to be faster."""
+    for kernel, learned, expected in (
+        (3, True, True),
+        (3, False, True),
+        (5, True, False),
+        (5, False, True),
+        (7, False, False),
+    ):
+        x, w = torch.randn(1, 9, 9, 8, requires_grad=learned), torch.randn(1, 1, 1, 8, kernel**2)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            local_sum(x, w)
+        assert ("glocal::local_sum" not in {event.name for event in profile.events()}) == expected
 
 
 def test_sums_in_float32():

@@ -24,6 +24,8 @@ from glocal.kernels import compiled, gpu
 LONGEST = 63  # taps along an axis that the compiled code unrolls
 # Up to so many taps sources are read where they are; beyond, it was measured to pay to copy them to panels.
 IN_PLACE, IN_PLACE_SHARED = 15, 3
+# Up to so many oneDNN's float32 convolution of images was measured to be the faster one, with gradients and without.
+BY_LIBRARY, SUM_BY_LIBRARY = 3, 5
 
 
 def local_sum(
@@ -89,7 +91,8 @@ def local_sum(
     x, w, bias = x.to(dtype), w.to(dtype), None if bias is None else bias.to(dtype)
     offset = [past - dilation * n for n in left]
     learned = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
-    direct = not learned and x.numel() > 0 and math.prod(grid) > 0 and _library_is_faster(x, w.shape, kernel)
+    longest = BY_LIBRARY if learned else SUM_BY_LIBRARY
+    direct = x.numel() > 0 and math.prod(grid) > 0 and _library_is_faster(x, w.shape, kernel, longest)
     if (device in ("cpu", "meta") or gpu.takes(x)) and not direct and not _traced():
         return _sum(x, w, bias, kernel, dilation, offset, grid)
     if _is_convolution(w.shape, x.shape[-1]):
@@ -117,7 +120,7 @@ def _sum(
     grid: Sequence[int],
 ) -> Tensor:
     """[B, *S, C], [B or 1, *N or 1 each, G, T] -> [B, *N, C], N = grid."""
-    if _library_is_faster(x, w.shape, kernel) and x.numel() and math.prod(grid):
+    if _library_is_faster(x, w.shape, kernel, SUM_BY_LIBRARY) and x.numel() and math.prod(grid):
         with torch.autocast(x.device.type, enabled=False):  # in a backward pass: the type was chosen before
             return _by_library(x, w, bias, kernel, dilation, offset, grid).contiguous()
     if triton := _triton(x):
@@ -238,9 +241,9 @@ def _is_convolution(shape: Sequence[int], channels: int) -> bool:
     return _shared(shape) and shape[0] == 1 and shape[-2] == channels
 
 
-def _library_is_faster(x: Tensor, shape: Sequence[int], kernel: Sequence[int]) -> bool:
-    """Where oneDNN's convolution was measured to be the faster one: small kernels on images, whose work is memory."""
-    small = len(kernel) == 2 and max(kernel) <= 5
+def _library_is_faster(x: Tensor, shape: Sequence[int], kernel: Sequence[int], longest: int) -> bool:
+    """Small kernels on images, whose work is memory."""
+    small = len(kernel) == 2 and max(kernel) <= longest
     return small and x.dtype == torch.float32 and x.device.type == "cpu" and _is_convolution(shape, x.shape[-1])
 
 
