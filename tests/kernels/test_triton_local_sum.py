@@ -25,39 +25,53 @@ from .on_gpu import (  # noqa: F401
 
 FAULTS = {
     "kernels/triton/local_sum.py": [
-        (
-            "sources left of a row are read",
-            "seen = (p >= 0) & (p < width) & (row >= 0)",
-            "seen = (p < width) & (row >= 0)",
-        ),
+        ("sources left of a row are read", "(some & (column >= 0) & (column < width))", "(some & (column < width))"),
+        ("sources right of a row are read", "(some & (column >= 0) & (column < width))", "(some & (column >= 0))"),
         (
             "sources below the last row are read",
-            "& (row >= 0) & (row < height)\n    seen = seen[:",
-            "& (row >= 0)\n    seen = seen[:",
+            "seen = some & (row >= 0) & (row < height)\n        for first in range(0, KW //",
+            "seen = some & (row >= 0)\n        for first in range(0, KW //",
+        ),
+        ("runs are numbered over one image only", "return run // runs, row", "return run // runs * 0, row"),
+        (
+            "outputs of a run lie next to each other whatever the dilation",
+            "tl.store(pointer + s * (DILATION * G * D)",
+            "tl.store(pointer + s * (G * D)",
         ),
         (
-            "rows of outputs lie next to each other whatever the dilation",
-            "row = h + DILATION * r\n        value",
-            "row = h + r\n        value",
+            "runs of a dilation begin where others end",
+            "number // DILATION * (RUN * DILATION) + number % DILATION",
+            "number * RUN",
         ),
+        ("the last taps of a long row are forgotten", "if KW % TAPS:", "if KW < TAPS:"),
         (
-            "the last taps of a long row are forgotten",
-            "for first in range(0, KW, TAPS):\n            tiles",
-            "for first in range(0, TAPS, TAPS):\n            tiles",
+            "all but the first taps of a long row are forgotten",
+            "range(0, KW // TAPS * TAPS, TAPS)",
+            "range(0, TAPS, TAPS)",
         ),
-        ("transposed taps are not reversed", "tap = KH * KW - 1 - tap", "tap = tap"),
+        ("transposed taps are not reversed", "-steps[1] if transposed else steps[1]", "steps[1]"),
         (
             "the transpose takes the weights of the source",
-            "p = start + offset_w + DILATION * (first + t) + local",
-            "p = start + local",
+            "(column if TRANSPOSED else out) * W_COLUMN",
+            "out * W_COLUMN",
         ),
-        ("one image's weights serve all", "w + image.to(tl.int64) * w_image", "w + image.to(tl.int64) * 0"),
+        (
+            "the transpose begins with the weights of the source's row",
+            "line = h + offset_h if TRANSPOSED else h",
+            "line = h",
+        ),
+        ("the transpose stays in a row of weights", "weights += w_row * DILATION", "weights += w_row * 0"),
+        ("one image's weights serve all", "(image.to(tl.int64) * w_image)", "(image.to(tl.int64) * 0)"),
+        ("weights that lie tap by tap are read as if group by group", "(1, groups)", "(taps, 1)"),
         (
             "the last channels of a group are left out",
-            "for channel in range(0, D, BD)",
-            "for channel in range(0, D - BD, BD)",
+            "for start in range(0, D, BD)",
+            "for start in range(0, D - BD, BD)",
         ),
-        ("a part of the rows is counted twice", "begin = part % parts * rows", "begin = part % parts * (rows - 1)"),
+        ("a part of the runs is counted twice", "begin = part % parts * each", "begin = part % parts * (each - 1)"),
+        ("the last runs of a part are those of the next", "some = run < end", "some = run < runs"),
+        ("weights of images are sums over all", "part // parts * runs + run", "run"),
+        ("the last row of taps is forgotten", "triton.cdiv(heights, down)", "(heights // down)"),
         ("the bias is forgotten", "            value += more", "            value += more * 0"),
     ],
     "kernels/local_sum.py": [
@@ -120,6 +134,11 @@ CASES = [
     Case((20,), 64, 4, (4,), left=(3,), batch=1),
     Case((9,), 8, 8, (4,), "BS", left=(3,), past=6, dilation=3, bias=True),
     Case((5,), 4, 2, (3,), past=2, left=(2,)),
+    Case((1, 1), 1, 1, (3, 3), "BS", bias=True),
+    Case((6, 1), 4, 4, (3, 3), "BS"),
+    Case((1, 7), 4, 2, (3, 3), batch=1),
+    Case((2, 3), 4, 4, (7, 5), "S", dilation=2),
+    Case((2, 3), 4, 2, (5, 7), batch=1),
 ]
 MORE = [
     Case((9, 7), 24, 3, (5, 3), "BS", dilation=2),
@@ -135,6 +154,12 @@ MORE = [
     Case((31, 9), 12, 12, (13, 13), "BS", batch=1),
     Case((130,), 64, 4, (31,), left=(30,)),
     Case((3, 4), 8, 8, (11, 11), "BS", bias=True),
+    Case((1, 1), 1, 1, (3, 3)),
+    Case((1,), 1, 1, (1,)),
+    Case((1, 9), 5, 5, (5, 5), "S", dilation=3),
+    Case((9, 1), 6, 3, (5, 5), "BS", dilation=3),
+    Case((2, 2), 6, 2, (9, 9), dilation=2),
+    Case((4,), 6, 2, (63,), "S", left=(62,)),
 ]
 TOLERANCES = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -249,4 +274,20 @@ def test_compiles_for_gpus(kind, dtype, target, monkeypatch, record_property):
     tensors = [t.detach().cpu().requires_grad_() for t in case.tensors(dtype)]
     found = compiled(monkeypatch, target, lambda: case.run(*tensors).sum().backward())
     assert {name for name, *_ in found} == {"_sum", "_products" if kind == "per position" else "_products_shared"}
+    assert fits(found, target, record_property), found
+
+
+@COMPILE
+@WIDE_COMPILE
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", SHORT[:2])
+@pytest.mark.parametrize("kind", REAL)
+@pytest.mark.parametrize("number", range(1, 4))
+def test_every_configuration_compiles(number, kind, dtype, target, monkeypatch, record_property):
+    from glocal.kernels.triton import tuning
+
+    monkeypatch.setattr(sys.modules[local_sum.__module__], "_library_is_faster", lambda *_: False)
+    monkeypatch.setattr(tuning, "_choice", lambda _, __, configurations, *___: min(number, len(configurations) - 1))
+    tensors = [t.detach().cpu().requires_grad_() for t in REAL[kind].tensors(dtype)]
+    found = compiled(monkeypatch, target, lambda: REAL[kind].run(*tensors).sum().backward())
     assert fits(found, target, record_property), found

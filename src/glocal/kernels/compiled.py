@@ -5,7 +5,7 @@ build takes part of a second. Libraries lie in `$GLOCAL_CACHE`, by default `~/.c
 source, flags and processor. Without a compiler nothing fails: `load` says why, and callers take the eager path.
 
 Environment: `CC` names the compiler (cc, gcc or clang by default), `GLOCAL_CFLAGS` replaces its flags of
-optimisation, `GLOCAL_KERNELS=eager` compiles nothing.
+optimisation, `GLOCAL_KERNELS=eager` compiles nothing. `GLOCAL_TUNE=0`: see triton/tuning.py.
 """
 
 import ctypes
@@ -163,7 +163,7 @@ def _find(source: str, dtype: torch.dtype, sizes: tuple[tuple[str, int], ...]) -
     for flags in _flags():
         build = [*_compiler(), *flags, f"-D{TYPES[dtype]}", *(f"-D{name}={value}" for name, value in sizes)]
         key = hashlib.sha256(text + repr((build, ALWAYS, _processor())).encode()).hexdigest()
-        builds[_folder() / f"{Path(source).stem}-{key[:32]}.so"] = build
+        builds[folder() / f"{Path(source).stem}-{key[:32]}.so"] = build
     for path in builds:
         if path.exists():
             return _open(path)
@@ -216,7 +216,7 @@ def _flags() -> Sequence[Sequence[str]]:
 
 
 @cache
-def _folder() -> Path:
+def folder() -> Path:
     """Where libraries are kept: a folder that nobody else can write to, or one for this process alone."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = Path(os.environ.get("GLOCAL_CACHE") or f"{home}/glocal").absolute() / "kernels"

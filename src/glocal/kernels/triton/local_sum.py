@@ -1,191 +1,273 @@
 """Sums over the taps of a kernel, their transpose and the gradient of their weights, on a GPU.
 
-A tile of what is read is loaded once for each column of taps and used for several rows of outputs, which lie `dilation`
-apart: then the same sources serve them all. Sums are float32, in an order that depends on nothing but the shapes.
+Work comes in runs: RUN outputs of a row, `dilation` apart, neighbors of which see the same sources. A thread has a few
+channels of a run. It reads each of the RUN + KW - 1 sources that a row of taps sees once and uses it for all that see
+it. Runs of a program lie below each other: what one reads in a row, others have left in the cache. Sums are float32,
+in an order that depends on nothing but shapes and blocks.
 
 Shape letters: B batch, H x W grid, C channels, G groups of D consecutive channels, T taps. A sequence is an image of
-one row. Blocks: BP positions of a row, BG groups, BD channels of each.
+one row. Blocks: BP runs, BG groups, BD channels of each.
 """
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-POSITIONS, CHANNELS = 32, 64  # of a tile, at most
-ELEMENTS = 1024  # of a tile, at most
-ROWS = 4  # of outputs that share what is read
+from glocal.kernels.triton import tuning
+
+CHANNELS = 64  # of a tile, at most
 PARTS = 2048  # programs, about, that the gradient of shared weights is summed in
 TAPS = 8  # along a row, that are written out at a time, at most
 
+# RUN: outputs of a run, at most. EACH: channels of a thread, 8 are 16 bytes of a short type. Longer runs read and
+# convert less, but need registers; short ones make more programs of a small call. ROWS: of taps that a program sums.
+SUMS = (
+    {"RUN": 8, "EACH": 8, "num_warps": 4},
+    {"RUN": 16, "EACH": 4, "num_warps": 4},
+    {"RUN": 8, "EACH": 4, "num_warps": 4},
+    {"RUN": 2, "EACH": 8, "num_warps": 2},
+)
+PRODUCTS = (
+    {"RUN": 4, "EACH": 8, "num_warps": 4},
+    {"RUN": 8, "EACH": 8, "num_warps": 4},
+    {"RUN": 2, "EACH": 8, "num_warps": 2},
+)
+SHARED_PRODUCTS = (
+    {"RUN": 8, "EACH": 4, "ROWS": 2, "num_warps": 4},
+    {"RUN": 4, "EACH": 8, "ROWS": 1, "num_warps": 4},
+    {"RUN": 8, "EACH": 2, "ROWS": 4, "num_warps": 4},
+)
+
 
 @triton.jit
-def _tile(
-    pointer, image, row, column, group, inside, height, width,
-    BP: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+def _channels(place, G: tl.constexpr, D: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr):
+    """Of a program: its groups, the channels of each, and what else its number says."""
+    inside = place % tl.cdiv(D, BD) * BD + tl.arange(0, BD)
+    place = place // tl.cdiv(D, BD)
+    group = place % tl.cdiv(G, BG) * BG + tl.arange(0, BG)
+    return group, inside, place // tl.cdiv(G, BG)
+
+
+@triton.jit
+def _runs(run, height, width, RUN: tl.constexpr, DILATION: tl.constexpr):
+    """Image, row and first column of runs, which are numbered down the rows first."""
+    row = run % height
+    run = run // height
+    runs = tl.cdiv(width, RUN * DILATION) * DILATION
+    number = run % runs
+    return run // runs, row, number // DILATION * (RUN * DILATION) + number % DILATION
+
+
+@triton.jit
+def _pointers(pointer, image, row, column, height, width, group, inside, G: tl.constexpr, D: tl.constexpr):
+    """[BP, BG, BD] into [B, H, W, G * D]."""
+    token = (image.to(tl.int64) * height + row) * width + column
+    return pointer + token[:, None, None] * (G * D) + (group[:, None] * D + inside[None, :])[None, :, :]
+
+
+@triton.jit
+def _seen(some, column, width, group, inside, G: tl.constexpr, D: tl.constexpr):
+    """[BP, BG, BD]: what is there, of the runs that are and of a column."""
+    there = (group < G)[:, None] & (inside < D)[None, :]
+    return (some & (column >= 0) & (column < width))[:, None, None] & there[None, :, :]
+
+
+@triton.jit
+def _add_taps(
+    total, read, w, some, seen, column, width, out, out_width, group, inside, G: tl.constexpr, D: tl.constexpr,
+    RUN: tl.constexpr, TAPS: tl.constexpr, DILATION: tl.constexpr, W_TAP: tl.constexpr, W_COLUMN: tl.constexpr,
+    AT_POSITIONS: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """[BP, BG, BD] of [B, H, W, G * D] from `column` of a row on; zero outside."""
-    local = tl.arange(0, BP)
-    p = column + local
-    base = ((image.to(tl.int64) * height + row) * width + column) * (G * D)
-    local = local[:, None, None] * (G * D) + group[None, :, None] * D + inside[None, None, :]
-    seen = (p >= 0) & (p < width) & (row >= 0) & (row < height)
-    seen = seen[:, None, None] & (group < G)[None, :, None] & (inside < D)[None, None, :]
-    return tl.load(pointer + base + local, mask=seen, other=0.0).to(tl.float32)
+    """`total`, of RUN outputs, and what TAPS taps of a row add, of which the first sees `read`."""
+    shared = ()
+    if not AT_POSITIONS:
+        for t in tl.static_range(TAPS):
+            weight = tl.load(w + t * W_TAP, mask=some[:, None] & (group < G)[None, :], other=0.0)
+            shared = shared + (weight.to(tl.float32),)
+    for c in tl.static_range(RUN + TAPS - 1):
+        known = _seen(seen, column + DILATION * c, width, group, inside, G, D)
+        tile = tl.load(read + c * (DILATION * G * D), mask=known, other=0.0).to(tl.float32)
+        new = ()
+        for s in tl.static_range(RUN):
+            part = total[s]
+            if (c >= s) & (c - s < TAPS):
+                if not AT_POSITIONS:
+                    weight = shared[c - s]
+                elif TRANSPOSED:  # those of the place that is read
+                    there = seen & (column + DILATION * c >= 0) & (column + DILATION * c < width)
+                    place = w + (c * (DILATION * W_COLUMN) + (c - s) * W_TAP)
+                    weight = tl.load(place, mask=there[:, None] & (group < G)[None, :], other=0.0).to(tl.float32)
+                else:
+                    there = some & (out + DILATION * s < out_width)
+                    place = w + (s * (DILATION * W_COLUMN) + (c - s) * W_TAP)
+                    weight = tl.load(place, mask=there[:, None] & (group < G)[None, :], other=0.0).to(tl.float32)
+                part += tile * weight[:, :, None]
+            new = new + (part,)
+        total = new
+    return total
 
 
 @triton.jit
 def _sum(
-    read, w, bias, written, height, width, out_height, out_width, offset_h, offset_w, w_image, w_row, w_column,
-    G: tl.constexpr, D: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, DILATION: tl.constexpr, ROWS: tl.constexpr,
-    BP: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr, TAPS: tl.constexpr, AT_POSITIONS: tl.constexpr,
-    TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    read, w, bias, written, runs, height, width, out_height, out_width, offset_h, offset_w, w_image, w_row,
+    G: tl.constexpr, D: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, DILATION: tl.constexpr, RUN: tl.constexpr,
+    BP: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr, TAPS: tl.constexpr, W_GROUP: tl.constexpr,
+    W_TAP: tl.constexpr, W_COLUMN: tl.constexpr, AT_POSITIONS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of ROWS x BP outputs: of the sum or, TRANSPOSED, of what the sources are given back."""
-    place = tl.program_id(0)
-    inside = place % tl.cdiv(D, BD) * BD + tl.arange(0, BD)
-    place = place // tl.cdiv(D, BD)
-    group = place % tl.cdiv(G, BG) * BG + tl.arange(0, BG)
-    place = place // tl.cdiv(G, BG)
-    start = place % tl.cdiv(out_width, BP) * BP
-    place = place // tl.cdiv(out_width, BP)
-    blocks = tl.cdiv(out_height, ROWS * DILATION) * DILATION
-    h = place % blocks // DILATION * (ROWS * DILATION) + place % blocks % DILATION
-    image = place // blocks
-    local = tl.arange(0, BP)
-    channel = group[:, None] * D + inside[None, :]
-    there = (group < G)[:, None] & (inside < D)[None, :]
-    weights = w + image.to(tl.int64) * w_image + group[None, :] * (KH * KW)
+    """BP runs of the sum or, TRANSPOSED, of what the sources are given back."""
+    group, inside, place = _channels(tl.program_id(0), G, D, BG, BD)
+    run = place * BP + tl.arange(0, BP)
+    some = run < runs
+    image, h, out = _runs(run, out_height, out_width, RUN, DILATION)
+    column = out + offset_w
+    weights = w + (image.to(tl.int64) * w_image)[:, None] + group[None, :] * W_GROUP
+    if AT_POSITIONS:
+        line = h + offset_h if TRANSPOSED else h
+        weights += (line.to(tl.int64) * w_row + (column if TRANSPOSED else out) * W_COLUMN)[:, None]
+    along: tl.constexpr = DILATION * W_COLUMN if TRANSPOSED else 0
     total = ()
-    for _ in tl.static_range(ROWS):
+    for _ in tl.static_range(RUN):
         total = total + (tl.zeros([BP, BG, BD], tl.float32),)
-    for step in range(ROWS + KH - 1):
-        row = h + offset_h + DILATION * step
-        for first in range(0, KW, TAPS):
-            tiles = ()
-            for t in tl.static_range(TAPS):
-                column = start + offset_w + DILATION * (first + t)
-                at = tl.where(row * 0 + first + t < KW, row, -1)  # nothing, behind the last tap
-                tiles = tiles + (_tile(read, image, at, column, group, inside, height, width, BP, G, D),)
-            new = ()
-            for r in tl.static_range(ROWS):
-                part = total[r]
-                if (step >= r) & (step - r < KH):
-                    for t in tl.static_range(TAPS):
-                        tap = (step - r) * KW + first + t
-                        if TRANSPOSED:
-                            tap = KH * KW - 1 - tap
-                        pointer = weights + tap
-                        seen = ((group < G) & (group * 0 + first + t < KW))[None, :]
-                        if AT_POSITIONS:
-                            if TRANSPOSED:  # those of the place that is read
-                                p = start + offset_w + DILATION * (first + t) + local
-                                pointer += row.to(tl.int64) * w_row
-                                seen = seen & ((p >= 0) & (p < width) & (row >= 0) & (row < height))[:, None]
-                            else:
-                                p = start + local
-                                pointer += (h + DILATION * r).to(tl.int64) * w_row
-                                seen = seen & ((p < out_width) & (h + DILATION * r < out_height))[:, None]
-                            pointer += p.to(tl.int64)[:, None] * w_column
-                        weight = tl.load(pointer, mask=seen, other=0.0).to(tl.float32)
-                        part += tiles[t] * weight[:, :, None]
-                new = new + (part,)
-            total = new
-    seen = (start + local < out_width)[:, None, None] & there[None, :, :]
+    source = _pointers(read, image, h + offset_h, column, height, width, group, inside, G, D)
+    for kh in range(KH):
+        row = h + offset_h + DILATION * kh
+        seen = some & (row >= 0) & (row < height)
+        for first in range(0, KW // TAPS * TAPS, TAPS):
+            total = _add_taps(
+                total, source + first * (DILATION * G * D), weights + first * (W_TAP + along), some, seen,
+                column + DILATION * first, width, out, out_width, group, inside, G, D, RUN, TAPS, DILATION, W_TAP,
+                W_COLUMN, AT_POSITIONS, TRANSPOSED,
+            )  # fmt: skip
+        if KW % TAPS:
+            last: tl.constexpr = KW // TAPS * TAPS
+            total = _add_taps(
+                total, source + last * (DILATION * G * D), weights + last * (W_TAP + along), some, seen,
+                column + DILATION * last, width, out, out_width, group, inside, G, D, RUN, KW % TAPS, DILATION, W_TAP,
+                W_COLUMN, AT_POSITIONS, TRANSPOSED,
+            )  # fmt: skip
+        source += width * (DILATION * G * D)
+        weights += KW * W_TAP
+        if AT_POSITIONS and TRANSPOSED:
+            weights += w_row * DILATION
     if HAS_BIAS:
-        more = tl.load(bias + channel, mask=there, other=0.0).to(tl.float32)[None, :, :]
-    for r in tl.static_range(ROWS):
-        row = h + DILATION * r
-        value = total[r]
+        there = (group < G)[:, None] & (inside < D)[None, :]
+        more = tl.load(bias + group[:, None] * D + inside[None, :], mask=there, other=0.0).to(tl.float32)[None, :, :]
+    pointer = _pointers(written, image, h, out, out_height, out_width, group, inside, G, D)
+    for s in tl.static_range(RUN):
+        value = total[s]
         if HAS_BIAS:
             value += more
-        base = ((image.to(tl.int64) * out_height + row) * out_width + start) * (G * D)
-        pointer = written + base + local[:, None, None] * (G * D) + channel[None, :, :]
-        tl.store(pointer, value.to(written.dtype.element_ty), mask=seen & (row < out_height))
+        known = _seen(some, out + DILATION * s, out_width, group, inside, G, D)
+        tl.store(pointer + s * (DILATION * G * D), value.to(written.dtype.element_ty), mask=known)
 
 
 @triton.jit
 def _products(
-    x, y, w, height, width, out_height, out_width, offset_h, offset_w,
-    G: tl.constexpr, D: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, DILATION: tl.constexpr, BP: tl.constexpr,
-    BG: tl.constexpr, BD: tl.constexpr, TAPS: tl.constexpr,
+    x, y, w, runs, height, width, out_height, out_width, offset_h, offset_w,
+    G: tl.constexpr, D: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, DILATION: tl.constexpr, RUN: tl.constexpr,
+    BP: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
-    """Weights [B, *N, G, T] of BP positions: inner products over the channels of each group."""
+    """Weights [B, *N, G, T] of BP runs: inner products over the channels of each group."""
     place = tl.program_id(0)
     group = place % tl.cdiv(G, BG) * BG + tl.arange(0, BG)
-    place = place // tl.cdiv(G, BG)
-    start = place % tl.cdiv(out_width, BP) * BP
-    place = place // tl.cdiv(out_width, BP)
-    h = place % out_height
-    image = place // out_height
-    inside = tl.arange(0, BD)
-    local, tap = tl.arange(0, BP), tl.arange(0, TAPS)
-    base = w + ((image.to(tl.int64) * out_height + h) * out_width + start) * (G * KH * KW)
-    pointer = base + local.to(tl.int64)[:, None, None] * (G * KH * KW) + group[None, :, None] * (KH * KW)
-    seen = (start + local < out_width)[:, None, None] & (group < G)[None, :, None]
-    if D <= BD:
-        above = _tile(y, image, h, start, group, inside, out_height, out_width, BP, G, D)
+    run = place // tl.cdiv(G, BG) * BP + tl.arange(0, BP)
+    some = run < runs
+    image, h, out = _runs(run, out_height, out_width, RUN, DILATION)
+    column = out + offset_w
+    tap = tl.arange(0, TAPS)
+    token = (image.to(tl.int64) * out_height + h) * out_width + out
+    pointer = w + (token[:, None] * G + group[None, :])[:, :, None] * (KH * KW) + tap[None, None, :]
     for kh in range(KH):
         row = h + offset_h + DILATION * kh
+        seen = some & (row >= 0) & (row < height)
         for first in range(0, KW, TAPS):
-            found = tl.zeros([BP, BG, TAPS], tl.float32)
-            for t in tl.static_range(TAPS):
-                column = start + offset_w + DILATION * (first + t)
-                if D <= BD:
-                    source = _tile(x, image, row, column, group, inside, height, width, BP, G, D)
-                    product = tl.sum(source * above, 2)
-                else:
-                    product = tl.zeros([BP, BG], tl.float32)
-                    for channel in range(0, D, BD):
-                        more = channel + inside
-                        part = _tile(y, image, h, start, group, more, out_height, out_width, BP, G, D)
-                        source = _tile(x, image, row, column, group, more, height, width, BP, G, D)
-                        product += tl.sum(source * part, 2)
-                found = tl.where((tap == t)[None, None, :], product[:, :, None], found)
-            each = (first + tap)[None, None, :]
-            tl.store(pointer + kh * KW + each, found.to(w.dtype.element_ty), mask=seen & (each < KW))
+            found = ()
+            for _ in tl.static_range(RUN):
+                found = found + (tl.zeros([BP, BG, TAPS], tl.float32),)
+            for start in range(0, D, BD):
+                inside = start + tl.arange(0, BD)
+                above = ()
+                read = _pointers(y, image, h, out, out_height, out_width, group, inside, G, D)
+                for s in tl.static_range(RUN):
+                    known = _seen(some, out + DILATION * s, out_width, group, inside, G, D)
+                    tile = tl.load(read + s * (DILATION * G * D), mask=known, other=0.0)
+                    above = above + (tile.to(tl.float32),)
+                read = _pointers(x, image, row, column + DILATION * first, height, width, group, inside, G, D)
+                for c in tl.static_range(RUN + (TAPS if TAPS < KW else KW) - 1):
+                    known = _seen(seen, column + DILATION * (first + c), width, group, inside, G, D)
+                    tile = tl.load(read + c * (DILATION * G * D), mask=known, other=0.0).to(tl.float32)
+                    new = ()
+                    for s in tl.static_range(RUN):
+                        part = found[s]
+                        if (c >= s) & (c - s < TAPS) & (c - s < KW):
+                            product = tl.sum(tile * above[s], 2)[:, :, None]
+                            if D > BD:
+                                product += part
+                            part = tl.where((tap == c - s)[None, None, :], product, part)
+                        new = new + (part,)
+                    found = new
+            for s in tl.static_range(RUN):
+                known = (some & (out + DILATION * s < out_width))[:, None, None] & (group < G)[None, :, None]
+                known = known & (first + tap < KW)[None, None, :]
+                written = pointer + s * (DILATION * G * KH * KW) + (kh * KW + first)
+                tl.store(written, found[s].to(w.dtype.element_ty), mask=known)
 
 
 @triton.jit
 def _products_shared(
-    x, y, w, height, width, out_height, out_width, offset_h, offset_w, rows,
-    G: tl.constexpr, D: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, DILATION: tl.constexpr, BP: tl.constexpr,
-    BG: tl.constexpr, BD: tl.constexpr, TAPS: tl.constexpr,
+    x, y, w, runs, each, height, width, out_height, out_width, offset_h, offset_w,
+    G: tl.constexpr, D: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, DILATION: tl.constexpr, RUN: tl.constexpr,
+    ROWS: tl.constexpr, BP: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
-    """Part [B * parts, blocks of channels, G, T] of the inner products over `rows` rows, for a row of taps."""
+    """Part [., blocks of channels, G, T] of the inner products: `each` of what shares weights, `runs`, ROWS x TAPS."""
     place = tl.program_id(0)
     first = place % tl.cdiv(KW, TAPS) * TAPS
     place = place // tl.cdiv(KW, TAPS)
-    kh = place % KH
-    place = place // KH
+    top = place % tl.cdiv(KH, ROWS) * ROWS
+    place = place // tl.cdiv(KH, ROWS)
     block = place % tl.cdiv(D, BD)
-    inside = block * BD + tl.arange(0, BD)
-    groups = place // tl.cdiv(D, BD)
-    group = groups % tl.cdiv(G, BG) * BG + tl.arange(0, BG)
-    part = groups // tl.cdiv(G, BG)
-    parts = tl.cdiv(out_height, rows)
-    image = part // parts
-    begin = part % parts * rows
+    group, inside, part = _channels(place, G, D, BG, BD)
+    parts = tl.cdiv(runs, each)
+    begin = part % parts * each
+    end = tl.minimum(begin + each, runs)
     total = ()
-    for _ in tl.static_range(TAPS):
+    for _ in tl.static_range(ROWS * TAPS):
         total = total + (tl.zeros([BP, BG, BD], tl.float32),)
-    for h in range(begin, tl.minimum(begin + rows, out_height)):
-        row = h + offset_h + DILATION * kh
-        for start in range(0, out_width, BP):
-            above = _tile(y, image, h, start, group, inside, out_height, out_width, BP, G, D)
-            new = ()
-            for t in tl.static_range(TAPS):
-                column = start + offset_w + DILATION * (first + t)
-                source = _tile(x, image, row, column, group, inside, height, width, BP, G, D)
-                new = new + (total[t] + source * above,)
-            total = new
-    base = w + ((part.to(tl.int64) * tl.cdiv(D, BD) + block) * G + group) * (KH * KW) + kh * KW + first
-    for t in tl.static_range(TAPS):
-        found = tl.sum(tl.sum(total[t], 2), 0)
-        tl.store(base + t, found, mask=(group < G) & (first + t < KW))
+    for start in range(begin, end, BP):
+        run = start + tl.arange(0, BP)
+        some = run < end
+        image, h, out = _runs(part // parts * runs + run, out_height, out_width, RUN, DILATION)
+        column = out + offset_w + DILATION * first
+        read = _pointers(y, image, h, out, out_height, out_width, group, inside, G, D)
+        above = ()
+        for s in tl.static_range(RUN):
+            known = _seen(some, out + DILATION * s, out_width, group, inside, G, D)
+            above = above + (tl.load(read + s * (DILATION * G * D), mask=known, other=0.0).to(tl.float32),)
+        for r in tl.static_range(ROWS):
+            row = h + offset_h + DILATION * (top + r)
+            seen = some & (row >= 0) & (row < height)
+            read = _pointers(x, image, row, column, height, width, group, inside, G, D)
+            for c in tl.static_range(RUN + TAPS - 1):
+                known = _seen(seen, column + DILATION * c, width, group, inside, G, D)
+                tile = tl.load(read + c * (DILATION * G * D), mask=known, other=0.0).to(tl.float32)
+                new = ()
+                for n in tl.static_range(ROWS * TAPS):
+                    found = total[n]
+                    if (n // TAPS == r) & (c >= n % TAPS) & (c - n % TAPS < RUN):
+                        found += tile * above[c - n % TAPS]
+                    new = new + (found,)
+                total = new
+    base = w + ((part.to(tl.int64) * tl.cdiv(D, BD) + block) * G + group) * (KH * KW) + top * KW + first
+    for n in tl.static_range(ROWS * TAPS):
+        found = tl.sum(tl.sum(total[n], 2), 0)
+        known = (group < G) & (first + n % TAPS < KW) & (top + n // TAPS < KH)
+        tl.store(base + (n // TAPS * KW + n % TAPS), found, mask=known)
 
 
 def local_sum(
@@ -214,31 +296,40 @@ def local_sum_products(
         return x.new_zeros(shape)
     groups, taps = shape[-2:]
     width = x.shape[-1] // groups
-    bg, bd, bp = _blocks(groups, width, y.shape[-2])
     heights, (rows, columns), batch = _two(kernel, 1)[0], _two(y.shape[1:-1], 1), x.shape[0]
-    arguments = x.contiguous(), y.contiguous()
+    x, y = x.contiguous(), y.contiguous()
     sizes = *_two(x.shape[1:-1], 1), rows, columns, *_two(offset, 0)
-    options = {"G": groups, "D": width, "KH": heights, "KW": kernel[-1], "DILATION": dilation, "BG": bg, "BD": bd}
-    held = min(TAPS, triton.next_power_of_2(kernel[-1]))
+    options = {"G": groups, "D": width, "KH": heights, "KW": kernel[-1], "DILATION": dilation}
+    kind = (x.dtype, shape[0] > 1, *options.values(), *_classes(batch, rows, columns))
+    if any(n != 1 for n in shape[1:-2]):
+        w = x.new_empty(*y.shape[:-1], groups, taps)
+        held = min(TAPS, triton.next_power_of_2(kernel[-1]))
+
+        def run(choice: tuning.Configuration) -> None:
+            runs, blocks = _blocks(choice, groups, width, batch * rows, columns, dilation)
+            programs = triton.cdiv(runs, blocks["BP"]) * triton.cdiv(groups, blocks["BG"])
+            _products[(programs,)](x, y, w, runs, *sizes, **options, **blocks, TAPS=held)
+
+        with torch.cuda.device_of(x):
+            tuning.run(_products, kind, PRODUCTS, run, x.device)
+        return w.sum_to_size(shape).to(x.dtype)  # autocast's sums are float32
+
+    def run_shared(choice: tuning.Configuration) -> Tensor:
+        runs, blocks = _blocks(choice, groups, width, batch // shape[0] * rows, columns, dilation)
+        held, down = _taps(kernel[-1]), min(choice["ROWS"], heights)
+        split = triton.cdiv(width, blocks["BD"])
+        each = shape[0] * triton.cdiv(heights, down) * triton.cdiv(kernel[-1], held)
+        each *= split * triton.cdiv(groups, blocks["BG"])
+        steps = triton.cdiv(runs, blocks["BP"])
+        some = triton.cdiv(steps, max(min(PARTS // each, steps), 1)) * blocks["BP"]
+        parts = triton.cdiv(runs, some)
+        w = x.new_empty(shape[0], parts * split, groups, taps, dtype=torch.float32)
+        _products_shared[(each * parts,)](x, y, w, runs, some, *sizes, **options, **blocks, ROWS=down, TAPS=held)
+        return w
+
     with torch.cuda.device_of(x):
-        if any(n != 1 for n in shape[1:-2]):
-            bp = max(min(bp, ELEMENTS // 2 // (bg * max(bd, held))), 1)
-            w = x.new_empty(*y.shape[:-1], groups, taps)
-            programs = batch * rows * triton.cdiv(columns, bp) * triton.cdiv(groups, bg)
-            _products[(programs,)](*arguments, w, *sizes, **options, BP=bp, TAPS=held, num_warps=_warps(bp * bg * bd))
-            return w.sum_to_size(shape).to(x.dtype)  # autocast's sums are float32
-        bp = max(bp // 2, 1)
-        blocks = triton.cdiv(width, bd)
-        each = batch * heights * triton.cdiv(kernel[-1], held) * blocks * triton.cdiv(groups, bg)
-        some = triton.cdiv(rows, max(min(PARTS // each, rows), 1))
-        parts = batch * triton.cdiv(rows, some)
-        w = x.new_empty(parts, blocks, groups, taps, dtype=torch.float32)
-        programs = each * triton.cdiv(rows, some)
-        _products_shared[(programs,)](
-            *arguments, w, *sizes, some, **options, BP=bp, TAPS=held, num_warps=_warps(bp * bg * bd)
-        )
-    w = w.flatten(0, 1).sum(0) if shape[0] == 1 else w.unflatten(0, (batch, -1)).sum((1, 2))
-    return w.to(x.dtype).view(shape)
+        w = tuning.run(_products_shared, kind, SHARED_PRODUCTS, run_shared, x.device)
+    return w.sum(1).to(x.dtype).view(shape)
 
 
 def _run_sum(
@@ -250,22 +341,32 @@ def _run_sum(
     groups, taps = w.shape[-2:]
     if not (read.numel() and taps):
         return written.zero_() if bias is None else written.copy_(bias)
-    width = read.shape[-1] // groups
+    width, batch = read.shape[-1] // groups, read.shape[0]
     (rows, columns), heights = _two(written.shape[1:-1], 1), _two(kernel, 1)[0]
-    bg, bd, bp = _blocks(groups, width, columns)
-    shared = 1 if rows == 1 else min(ROWS, triton.next_power_of_2(triton.cdiv(rows, dilation)))
     axes = [w.shape[0], *_two(w.shape[1:-2], 1)]
     strides = [math.prod(axes[i + 1 :]) * groups * taps if axes[i] > 1 else 0 for i in range(3)]
-    programs = written.shape[0] * triton.cdiv(rows, shared * dilation) * dilation
-    programs *= triton.cdiv(columns, bp) * triton.cdiv(groups, bg) * triton.cdiv(width, bd)
+    w, steps = w.contiguous(), (taps, 1)
+    if not any(strides):  # few: groups next to each other are read at once
+        w, steps = w.movedim(-1, -2).contiguous(), (1, groups)
+    options = {
+        "G": groups, "D": width, "KH": heights, "KW": kernel[-1], "DILATION": dilation, "TAPS": _taps(kernel[-1]),
+        "W_GROUP": steps[0], "W_TAP": -steps[1] if transposed else steps[1], "W_COLUMN": strides[2],
+        "AT_POSITIONS": any(strides[1:]), "TRANSPOSED": transposed, "HAS_BIAS": bias is not None,
+    }  # fmt: skip
+    if transposed:  # from the last tap on
+        w = w.view(-1)[(taps - 1) * steps[1] :]
+    read, added = read.contiguous(), w if bias is None else bias.contiguous()
+    sizes = *_two(read.shape[1:-1], 1), rows, columns, *_two(offset, 0), *strides[:2]
+
+    def run(choice: tuning.Configuration) -> None:
+        runs, blocks = _blocks(choice, groups, width, batch * rows, columns, dilation)
+        programs = triton.cdiv(runs, blocks["BP"]) * triton.cdiv(groups, blocks["BG"])
+        programs *= triton.cdiv(width, blocks["BD"])
+        _sum[(programs,)](read, w, added, written, runs, *sizes, **options, **blocks)
+
+    kind = (read.dtype, *options.values(), *_classes(batch, rows, columns))
     with torch.cuda.device_of(read):
-        _sum[(programs,)](
-            read.contiguous(), w.contiguous(), w if bias is None else bias.contiguous(), written,
-            *_two(read.shape[1:-1], 1), rows, columns, *_two(offset, 0), *strides,
-            G=groups, D=width, KH=heights, KW=kernel[-1], DILATION=dilation, ROWS=shared, BP=bp, BG=bg, BD=bd,
-            AT_POSITIONS=any(strides[1:]), TRANSPOSED=transposed, HAS_BIAS=bias is not None,
-            TAPS=_taps(kernel[-1]), num_warps=_warps(bp * bg * bd),
-        )  # fmt: skip
+        tuning.run(_sum, kind, SUMS, run, read.device)
     return written
 
 
@@ -274,11 +375,30 @@ def _two(axes: Sequence[int], before: int) -> tuple[int, int]:
     return (before, axes[0]) if len(axes) == 1 else (axes[0], axes[1])
 
 
-def _blocks(groups: int, width: int, columns: int) -> tuple[int, int, int]:
-    """Groups, channels of each and positions of a tile: powers of two that waste little."""
+def _classes(*sizes: int) -> tuple[int, ...]:
+    """Sizes that are tuned as one."""
+    return tuple(triton.next_power_of_2(n) for n in sizes)
+
+
+def _blocks(
+    choice: tuning.Configuration, groups: int, width: int, rows: int, columns: int, dilation: int
+) -> tuple[int, dict[str, int]]:
+    """How many runs there are, and the blocks of a configuration: powers of two that waste little."""
+    members = triton.cdiv(columns, dilation)
+    length = triton.cdiv(members, triton.cdiv(members, choice["RUN"]))
+    runs = rows * triton.cdiv(columns, length * dilation) * dilation
+    bg, bd = _channel_blocks(groups, width)
+    lanes = bg * bd // min(choice["EACH"], bg * bd)
+    bp = min(max(32 * choice["num_warps"] // lanes, 1), triton.next_power_of_2(runs))
+    warps = min(choice["num_warps"], max(bp * lanes // 32, 1))
+    return runs, {"RUN": length, "BP": bp, "BG": bg, "BD": bd, "num_warps": warps}
+
+
+@cache
+def _channel_blocks(groups: int, width: int) -> tuple[int, int]:
+    """Groups, and channels of each."""
     bd = _block(width, CHANNELS)
-    bg = _block(groups, CHANNELS // bd)
-    return bg, bd, min(triton.next_power_of_2(columns), POSITIONS, ELEMENTS // (bg * bd))
+    return _block(groups, CHANNELS // bd), bd
 
 
 def _block(n: int, most: int) -> int:
@@ -287,10 +407,6 @@ def _block(n: int, most: int) -> int:
     while sizes[-1] > 16:
         sizes.append(sizes[-1] // 2)
     return min(sizes, key=lambda size: triton.cdiv(n, size) * size)
-
-
-def _warps(elements: int) -> int:
-    return max(min(elements // 256, 4), 1)
 
 
 def _taps(row: int) -> int:
