@@ -40,8 +40,11 @@ SPILLED = 256  # bytes of a thread; Triton 3.9 spills 176 where 3.6 spills 88
 
 @pytest.fixture
 def kernels_run(monkeypatch):
-    """Calls go to the kernels, wherever the tensors are."""
+    """Calls go to the kernels, wherever the tensors are, in their first configuration."""
+    from glocal.kernels.triton import tuning
+
     monkeypatch.setattr(gpu, "DEVICES", ("cuda", "cpu"))
+    monkeypatch.setattr(tuning, "WANTED", False)
     if not INTERPRETED:
         return
     from triton.runtime import interpreter

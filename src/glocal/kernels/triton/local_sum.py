@@ -235,13 +235,12 @@ def _products_shared(
     group, inside, part = _channels(place, G, D, BG, BD)
     parts = tl.cdiv(runs, each)
     begin = part % parts * each
-    end = tl.minimum(begin + each, runs)
     total = ()
     for _ in tl.static_range(ROWS * TAPS):
         total = total + (tl.zeros([BP, BG, BD], tl.float32),)
-    for start in range(begin, end, BP):
+    for start in range(begin, tl.minimum(begin + each, runs), BP):
         run = start + tl.arange(0, BP)
-        some = run < end
+        some = run < runs
         image, h, out = _runs(part // parts * runs + run, out_height, out_width, RUN, DILATION)
         column = out + offset_w + DILATION * first
         read = _pointers(y, image, h, out, out_height, out_width, group, inside, G, D)

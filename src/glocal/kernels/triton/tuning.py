@@ -6,9 +6,9 @@ with a cold cache each time, and remembers the fastest, in memory and as a small
 ($GLOCAL_CACHE, see compiled.py). Kernels write all of their output and read none of it: to run one again and again
 changes nothing.
 
-While a CUDA graph is captured, and where there is no GPU, nothing is timed: what is known is taken, or else the first
-configuration. Under torch.use_deterministic_algorithms(True), and with GLOCAL_TUNE=0 in the environment, the first is
-always taken. For blocks change the order of sums: configurations may differ in the last bits of results, and processes
+While a CUDA graph is captured nothing is timed: what is known is taken, or else the first configuration. The first is
+always taken where there is no GPU, under torch.use_deterministic_algorithms(True), and with GLOCAL_TUNE=0 in the
+environment. For blocks change the order of sums: configurations may differ in the last bits of results, and processes
 of one job that time at the same moment may choose differently. Where that matters, let one process run the job's
 shapes first, from whose files all that share its cache folder take the same choice, or set GLOCAL_TUNE=0.
 
@@ -67,12 +67,12 @@ def run(
 def _choice(
     kernel: Any, kind: tuple[Any, ...], configurations: Sequence[Configuration], launch: Callable, device: torch.device
 ) -> int:
+    if device.type != "cuda" or triton.knobs.runtime.interpret:
+        return 0
     if not WANTED or torch.are_deterministic_algorithms_enabled():
         return 0
     key = (kernel.fn, kind, device)
     if key not in _chosen:
-        if device.type != "cuda" or triton.knobs.runtime.interpret:
-            return 0
         with _lock:
             if key not in _chosen:
                 path, of = _file(kernel, kind, configurations, device)
