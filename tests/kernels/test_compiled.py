@@ -112,10 +112,10 @@ def test_a_cache_that_cannot_be_written_to_is_replaced(tmp_path):
 
 def test_the_cache_is_the_users_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("GLOCAL_CACHE", str(tmp_path))
-    folder = compiled._folder.__wrapped__()
+    folder = compiled.folder.__wrapped__()
     assert folder == tmp_path / "kernels" and stat.S_IMODE(folder.stat().st_mode) == 0o700
     folder.chmod(0o777)  # anybody could put a library there
-    assert compiled._folder.__wrapped__() != folder
+    assert compiled.folder.__wrapped__() != folder
 
 
 HALVES = """
@@ -149,7 +149,7 @@ def test_a_failing_compiler_is_heard_of_once(tmp_path):
 
 @needs_compiler
 def test_a_cache_that_disappears_is_done_without(tmp_path, monkeypatch):
-    monkeypatch.setattr(compiled, "_folder", lambda: tmp_path / "gone")
+    monkeypatch.setattr(compiled, "folder", lambda: tmp_path / "gone")
     with pytest.warns(UserWarning, match="No such file"):
         assert "No such file" in compiled._load.__wrapped__("local_sum.c", torch.float32, (("GONE", 1),))
 
