@@ -43,8 +43,8 @@ def biased_attention(
 
     Cost: 2*B*G*N^2*D multiply-adds, backward 5*B*G*N^2*D. Memory: 4 MiB of biases, or those of one row of queries;
     backward copies of its tensors, up to three blocks of 2 MiB and W tables. On a GPU no biases, but backward, where
-    the table has a gradient, G*N^2 numbers, B times as many with a table for each image. That gradient is added up in
-    a fixed order. Second derivatives go through the plain formula, which holds N x N weights.
+    the table has a gradient, about 256*G*N numbers, B times as many with a table for each image, and up to 32 MiB. That
+    gradient is added up in a fixed order. Second derivatives go through the plain formula, which holds N x N weights.
 
     Raises:
         ValueError: shapes that do not fit, naming both.
@@ -172,11 +172,10 @@ def _backward_by_triton(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from glocal.kernels.triton import attention_calls as calls
 
-    out, lse = _by_triton(q, k, v, table, valid)
     found = [t.new_empty(t.shape) for t in (q, k, v)]
     layout = calls.whole(_grid(table), q.shape[2], len(table))
     entries = calls.backward(
-        layout, grad.to(q.dtype), q, k, v, table.to(q.dtype), valid, None, 1.0, out, lse, found, of_each=len(table) != 1
+        layout, grad.to(q.dtype), q, k, v, table.to(q.dtype), valid, None, 1.0, found, of_each=len(table) != 1
     )
     assert entries is not None
     return found[0], found[1], found[2], entries.to(table.dtype).view(table.shape)

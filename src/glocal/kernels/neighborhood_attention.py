@@ -183,7 +183,7 @@ def _backward(
         extras = _extras(bias, valid, extents)
         if extents is not None:  # of what lies behind an image's end nothing is computed
             grads = [t.zero_() for t in grads]
-        entries = calls.backward(layout, grad.to(q.dtype), flat_q, flat_k, flat_v, *extras, scale, out, lse, grads)
+        entries = calls.backward(layout, grad.to(q.dtype), flat_q, flat_k, flat_v, *extras, scale, grads, (out, lse))
         return *found[:3], found[3] if bias is None or entries is None else entries.view(bias.shape)
     try:
         function = _function("neighborhood_attention_backward", q, v)

@@ -215,14 +215,13 @@ def _backward_by_triton(
     from glocal.kernels.triton import attention_calls as calls
 
     qkv = qkv.contiguous()
-    out, lse = _by_triton(qkv, table, extents, num_heads, window_size, shift_size, rolled_size)
     layout = calls.windows(qkv.shape[1:-1], rolled_size, window_size, shift_size, num_heads)
     whole = extents is None and rolled_size is None  # otherwise some queries have no output, and no gradient
     found = torch.empty_like(qkv) if whole else torch.zeros_like(qkv)
     q, k, v = _heads(qkv, num_heads)
     extents, scale = _two_axes(extents), q.shape[-1] ** -0.5
     grads = _heads(found, num_heads)
-    entries = calls.backward(layout, grad.to(qkv.dtype), q, k, v, table, None, extents, scale, out, lse, grads)
+    entries = calls.backward(layout, grad.to(qkv.dtype), q, k, v, table, None, extents, scale, grads)
     if table is None or entries is None:
         return found, qkv.new_empty(0)
     return found, entries[0].flatten(1).t().to(table.dtype).contiguous()

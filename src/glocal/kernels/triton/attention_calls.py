@@ -1,17 +1,18 @@
-"""The kernels of attention.py called for windows, neighborhoods and whole grids."""
+"""The kernels of attention.py and attention_backward.py called for windows, neighborhoods and whole grids."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import triton
 from torch import Tensor
 
-from glocal.kernels.triton import attention
+from glocal.kernels.triton import attention, attention_backward
 
-PROGRAMS = 1024  # about so many, if there are so many images, add up the gradients of biases
+PROGRAMS = 1024  # so many to twice as many, if there are so many images, add up the gradients of biases
+AT_ONCE = 64  # tokens of a window, at most, all of whose gradients are taken at once
 OFFSETS = 64  # entries of a table that a program sums
 
 
@@ -46,11 +47,15 @@ class Layout:
         return self.mode in ("masked", "shifted", "causal")
 
     def sides(self) -> tuple[int, int]:
-        """Of a window as it is cut out."""
+        """Of a window as it is cut out, or of the whole grid: all in it see each other."""
+        if self.mode == "global":
+            return self.sources
         h, w = (min(n, k) for n, k in zip(self.sources, self.window, strict=True))
         return h, w
 
     def windows(self) -> tuple[int, int]:
+        if self.mode == "global":
+            return 1, 1
         found = []
         for n, window in zip(self.sources, self.window, strict=True):
             if n <= window:
@@ -62,25 +67,33 @@ class Layout:
         return found[0], found[1]
 
     def block(self, q: Tensor, v: Tensor) -> int:
-        """Tokens of a tile."""
-        short = q.element_size() == 2 and max(q.shape[-1], v.shape[-1]) <= 64
-        most = 64 if short else 32
-        if self.near:
-            return most
-        area = math.prod(self.grid if self.mode == "global" else self.sides())
-        return max(min(most, triton.next_power_of_2(area)), 16)
+        """Tokens of a tile; more do not fit into registers."""
+        short, width = q.element_size() == 2, max(q.shape[-1], v.shape[-1])
+        most = 64 if short and width <= 64 else 32 if short or width <= 64 else 16
+        return most if self.near else min(most, self._area())
+
+    def at_once(self, q: Tensor, v: Tensor) -> int:
+        """Tokens of a block that holds a whole window, or 0: backward goes through tiles."""
+        width = max(q.shape[-1], v.shape[-1])
+        if q.element_size() == 2:
+            most = 64 if width <= 128 else 32
+        else:
+            most = 32 if width <= 32 else 16 if width <= 64 else 0
+        return self._area() if not self.near and self._area() <= min(most, AT_ONCE) else 0
+
+    def _area(self) -> int:
+        return max(triton.next_power_of_2(math.prod(self.sides())), 16)
 
     def tile(self, block: int) -> tuple[int, int]:
         """Of neighboring tokens, in their class."""
-        if self.sources[0] == 1:
-            return 1, block
-        height = 2 ** (int(math.log2(block)) // 2)
+        height = 1 if self.sources[0] == 1 else 2 ** (int(math.log2(block)) // 2)
+        if not self.near:  # no longer than all there is
+            rows, row = (triton.next_power_of_2(n) for n in self.sides())
+            height = max(min(height, rows), block // row)
         return height, block // height
 
     def tiles(self, block: int, *, queries: bool) -> tuple[int, int, int, int]:
         """How many in an image; along the axes; and the first member of the classes that a tile has."""
-        if self.mode == "global":
-            return triton.cdiv(math.prod(self.sources), block), 1, 1, 0
         if not self.near:
             h, w = self.windows()
             return h * w * triton.cdiv(math.prod(self.sides()), block), h, w, 0
@@ -93,18 +106,14 @@ class Layout:
     def shape(self, heads: int, tiles: Sequence[int]) -> tuple[int, ...]:
         return *self.grid, *self.sources, self.past, self.shift, *self.sides(), *tiles[1:3], heads
 
-    def seen(self, block: int, *, wide: bool) -> int:
-        """Sources that a tile of queries goes through, at most."""
-        if self.mode == "global":
-            return math.prod(self.sources)
-        if not self.near:
-            return math.prod(self.sides())
+    def blocks(self, block: int, *, wide: bool) -> int:
+        """Of sources that a tile of queries goes through, at most, in neighborhoods."""
         margins = [(2 if wide else 1) * (k - 1) for k in self.window]
         members = [triton.cdiv(n, d) for n, d in zip(self.sources, self.dilation, strict=True)]
-        return math.prod(min(t + m, n) for t, m, n in zip(self.tile(block), margins, members, strict=True))
+        spans = zip(self.tile(block), margins, members, strict=True)
+        return triton.cdiv(math.prod(min(t + m, n) for t, m, n in spans), block)
 
-    def constants(self, q: Tensor, v: Tensor, bias: Any, valid: Any, extents: Any) -> dict[str, Any]:
-        block = self.block(q, v)
+    def constants(self, q: Tensor, v: Tensor, bias: Any, valid: Any, extents: Any, block: int) -> dict[str, Any]:
         return {
             "KH": self.window[0],
             "KW": self.window[1],
@@ -126,6 +135,18 @@ class Layout:
         }
 
 
+def _launch(kernel: Literal["tile", "pairs", "at once"], q: Tensor, constants: dict[str, Any]) -> dict[str, Any]:
+    """How a kernel is launched: of what it keeps in registers no thread may have too much."""
+    short, block, width = q.element_size() == 2, constants["BQ"], max(constants["BD"], constants["BE"])
+    if block < 32:
+        warps = 2 if short or width <= 32 else 4 if width <= 128 else 8
+    elif kernel == "tile":
+        warps = 4
+    else:
+        warps = 4 if kernel == "at once" and short and block * width <= 64 * 32 else 8
+    return {"num_warps": warps, "num_stages": 2}
+
+
 def forward(
     layout: Layout, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, valid: Tensor | None,
     extents: Tensor | None, scale: float, out: Tensor,
@@ -140,70 +161,135 @@ def forward(
         out.zero_()
         return lse.zero_()
     q, k, v = (_in_order(t) for t in (q, k, v))
-    constants = layout.constants(q, v, bias, valid, extents)
+    constants = layout.constants(q, v, bias, valid, extents, layout.block(q, v))
     tiles = layout.tiles(constants["BQ"], queries=True)
     with torch.cuda.device_of(q):
         attention._forward[(len(q) * heads * tiles[0],)](
             q, k, v, *_given(q, bias, valid, extents), out, lse, float(scale), layout.shape(heads, tiles),
-            _strides(q, k, v), layout.table, tiles[3], **constants, TILES=tiles[0], num_warps=_warps(constants),
-            num_stages=2,
+            _strides(q, k, v), layout.table, tiles[3], **constants, TILES=tiles[0], **_launch("tile", q, constants),
         )  # fmt: skip
     return lse
 
 
 def backward(
     layout: Layout, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, valid: Tensor | None,
-    extents: Tensor | None, scale: float, out: Tensor, lse: Tensor, found: Sequence[Tensor], *, of_each: bool = False,
+    extents: Tensor | None, scale: float, found: Sequence[Tensor], saved: tuple[Tensor, Tensor] | None = None,
+    *, of_each: bool = False,
 ) -> Tensor | None:  # fmt: skip
     """Writes the gradients of q, k and v, tensors like them; returns the table's, float32 [B or 1, G, *entries].
 
+    saved: what `forward` wrote and returned; without it that is computed again, unless all gradients are taken at once.
     of_each: every image has a table of its own.
+
+    Memory: where there is a table, up to 2 * PROGRAMS * BQ * BN numbers or, if that is more, the pairs of tiles, BQ * BQ
+    for each head and window; whole grids and larger windows, of S_h x S_w, have (2*S_h/TH - 1) * (2*S_w/TW - 1) times
+    as many with tiles of TH x TW = BQ tokens: about 4 * G * N * BQ for a grid, B times as many with tables of each image.
+    Neighborhoods have G * N numbers times the sources that a tile of queries sees.
     """
     heads = q.shape[2]
-    if not (out.numel() and k.numel()):
+    if not (grad.numel() and k.numel()):
         for each in found:
             each.zero_()
         tables = len(q) if of_each else 1
         return None if bias is None else q.new_zeros(tables, heads, *layout.entries, dtype=torch.float32)
-    q, k, v = (_in_order(t) for t in (q, k, v))
-    grad, out, lse = grad.contiguous(), out.contiguous(), lse.contiguous()
+    q, k, v, grad = (*(_in_order(t) for t in (q, k, v)), grad.contiguous())
+    way = _at_once if layout.at_once(q, v) else _by_tiles
+    with torch.cuda.device_of(q):
+        return way(layout, grad, q, k, v, bias, valid, extents, float(scale), found, saved, of_each)
+
+
+def _at_once(
+    layout: Layout, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, valid: Tensor | None,
+    extents: Tensor | None, scale: float, found: Sequence[Tensor], saved: Any, of_each: bool,
+) -> Tensor | None:  # fmt: skip
+    """By programs that have whole windows."""
+    heads, block = q.shape[2], layout.at_once(q, v)
+    constants = layout.constants(q, v, bias, valid, extents, block)
+    tiles = layout.tiles(block, queries=True)
+    windows = len(q) * tiles[0]
+    parts, each = _parts(windows, heads, tiles[0] if of_each else 0)
+    pairs = q.new_empty(parts if bias is not None else 0, heads, block, block, dtype=torch.float32)
+    attention_backward._backward_at_once[(parts * heads,)](
+        grad, q, k, v, *_given(q, bias, valid, extents), *found, pairs, scale, layout.shape(heads, tiles),
+        _strides(q, k, v, *found), layout.table, windows, each, **constants, WINDOWS=tiles[0],
+        **_launch("at once", q, constants),
+    )  # fmt: skip
+    return None if bias is None else _table(layout, pairs, layout.sides(), (1, 1), of_each)
+
+
+def _by_tiles(
+    layout: Layout, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, valid: Tensor | None,
+    extents: Tensor | None, scale: float, found: Sequence[Tensor], saved: tuple[Tensor, Tensor] | None, of_each: bool,
+) -> Tensor | None:  # fmt: skip
+    """By programs that have tiles of queries, of sources, and pairs of them."""
+    heads = q.shape[2]
+    if saved is None:
+        out = grad.new_empty(grad.shape)
+        saved = out, forward(layout, q, k, v, bias, valid, extents, scale, out)
+    out, lse = (t.contiguous() for t in saved)
     delta = torch.empty_like(lse)
-    constants = layout.constants(q, v, bias, valid, extents)
-    given, strides, warps = _given(q, bias, valid, extents), _strides(q, k, v, *found), _warps(constants)
-    block = constants["BQ"]
+    constants = layout.constants(q, v, bias, valid, extents, layout.block(q, v))
+    launch = constants | _launch("tile", q, constants)
+    given, strides, block = _given(q, bias, valid, extents), _strides(q, k, v, *found), constants["BQ"]
     tiles, owned = layout.tiles(block, queries=True), layout.tiles(block, queries=False)
     shape = layout.shape(heads, tiles)
-    options = {**constants, "num_warps": warps, "num_stages": 2}
-    with torch.cuda.device_of(q):
-        attention._backward_queries[(len(q) * heads * tiles[0],)](
-            grad, q, k, v, *given, out, lse, delta, found[0], float(scale), shape, strides, layout.table, tiles[3],
-            **options, TILES=tiles[0],
+    attention_backward._backward_queries[(len(q) * heads * tiles[0],)](
+        grad, q, k, v, *given, out, lse, delta, found[0], scale, shape, strides, layout.table, tiles[3], **launch,
+        TILES=tiles[0],
+    )  # fmt: skip
+    attention_backward._backward_sources[(len(q) * heads * owned[0],)](
+        grad, q, k, v, *given, lse, delta, found[1], found[2], scale, layout.shape(heads, owned), strides,
+        layout.table, **launch, TILES=owned[0],
+    )  # fmt: skip
+    if bias is None:
+        return None
+    launch = constants | _launch("pairs", q, constants)
+    if layout.near:
+        blocks = layout.blocks(block, wide=extents is not None)
+        parts, each = _parts(len(q), heads * tiles[0] * blocks)
+        pairs = q.new_empty(parts, heads, tiles[0], blocks, block, block, dtype=torch.float32)
+        attention_backward._backward_pairs[(pairs.numel() // block**2,)](
+            grad, q, k, v, *given, lse, delta, pairs, scale, shape, strides, layout.table, tiles[3], len(q), each,
+            **launch, TILES=tiles[0], BLOCKS=blocks,
         )  # fmt: skip
-        attention._backward_sources[(len(q) * heads * owned[0],)](
-            grad, q, k, v, *given, lse, delta, found[1], found[2], float(scale), layout.shape(heads, owned), strides,
-            layout.table, **options, TILES=owned[0],
-        )  # fmt: skip
-        if bias is None:
-            return None
-        windows = 1 if layout.near or layout.mode == "global" else math.prod(layout.windows())
-        count, images = tiles[0] // windows, len(q) * windows
-        blocks = triton.cdiv(layout.seen(block, wide=extents is not None), block)
-        each = windows if of_each else triton.cdiv(images, max(PROGRAMS // (heads * count * blocks), 1))
-        parts = triton.cdiv(images, each)
-        pairs = q.new_empty(parts, heads, count, blocks, block, block, dtype=torch.float32)
-        attention._backward_pairs[(pairs.numel() // block**2,)](
-            grad, q, k, v, *given, lse, delta, pairs, float(scale), shape, strides, layout.table, tiles[3], images,
-            each, **options | {"num_warps": 2 * warps}, TILES=count, BLOCKS=blocks, WINDOWS=windows,
-        )  # fmt: skip
-        pairs = pairs if of_each else pairs.sum(0, keepdim=True)
-        entries = q.new_empty(len(pairs), heads, *layout.entries, dtype=torch.float32)
-        programs = len(pairs) * heads * triton.cdiv(math.prod(layout.entries), OFFSETS)
-        rows, row = layout.entries
+        pairs, (rows, row) = _added(pairs), layout.entries
+        entries = q.new_empty(1, heads, rows, row, dtype=torch.float32)
         names = ("KH", "KW", "DH", "DW", "TH", "TW", "BQ", "BN", "HAS_EXTENTS", "MODE")
-        attention._sum_pairs[(programs,)](
-            pairs, entries, shape, layout.table, tiles[3], rows, row, rows // 2, row // 2,
-            **{name: constants[name] for name in names}, BO=OFFSETS, TILES=count, BLOCKS=blocks,
+        attention_backward._sum_pairs[(heads * triton.cdiv(rows * row, OFFSETS),)](
+            pairs, entries, shape, tiles[3], rows, row, **{name: constants[name] for name in names}, BO=OFFSETS,
+            TILES=tiles[0], BLOCKS=blocks,
         )  # fmt: skip
+        return entries
+    windows = math.prod(tiles[1:3])
+    tile = layout.tile(block)
+    cut = tuple(triton.cdiv(n, t) for n, t in zip(layout.sides(), tile, strict=True))
+    differences = [2 * n - 1 for n in cut]
+    parts, each = _parts(len(q) * windows, heads * math.prod(differences), windows if of_each else 0)
+    pairs = q.new_empty(parts, heads, *differences, block, block, dtype=torch.float32)
+    attention_backward._backward_differences[(pairs.numel() // block**2,)](
+        grad, q, k, v, *given, lse, delta, pairs, scale, shape, strides, layout.table, len(q) * windows, each,
+        **launch, PARTS=parts, WINDOWS=windows,
+    )  # fmt: skip
+    return _table(layout, pairs, tile, cut, of_each)
+
+
+def _parts(count: int, programs: int, each: int = 0) -> tuple[int, int]:
+    """In how many parts, of `programs` each, so many images (or windows) are added up; how many a part has."""
+    each = each or max(count * programs // PROGRAMS, 1)
+    return triton.cdiv(count, each), each
+
+
+def _added(pairs: Tensor) -> Tensor:
+    return pairs if len(pairs) == 1 else pairs.sum(0, keepdim=True)
+
+
+def _table(layout: Layout, pairs: Tensor, tile: Sequence[int], tiles: Sequence[int], of_each: bool) -> Tensor:
+    """The gradient of a table, from those of the pairs of all differences of tiles."""
+    pairs, (rows, row) = pairs if of_each else _added(pairs), layout.entries
+    entries = pairs.new_empty(*pairs.shape[:2], rows, row)
+    attention_backward._sum_differences[(pairs.shape[0] * pairs.shape[1] * triton.cdiv(rows * row, OFFSETS),)](
+        pairs, entries, rows, row, *tile, *tiles, BQ=pairs.shape[-1], BO=OFFSETS
+    )
     return entries
 
 
@@ -270,7 +356,3 @@ def _given(q: Tensor, bias: Tensor | None, valid: Tensor | None, extents: Tensor
 
 def _strides(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(stride for tensor in tensors for stride in tensor.stride()[:3])
-
-
-def _warps(constants: dict[str, Any]) -> int:
-    return 4 if constants["BQ"] >= 32 else 2
