@@ -154,34 +154,11 @@ def test_every_check_of_the_contract_is_among_them():
 
 # planted by scripts/mutate
 FAULTS = {
-    "contract.py": (
+    "contract/__init__.py": (
         (
             "a broken promise counts as refused",
             'return Outcome(*about, "broken", str(error))',
             'return Outcome(*about, "refused", str(error))',
-        ),
-        (
-            "the definition may be called by a forced fast path",
-            "setattr(mixer, name, forbidden)",
-            "setattr(mixer, name, getattr(mixer, name))",
-        ),
-        (
-            "what stands in the padding is finite in every check",
-            "    rubbish[..., 0], rubbish[..., 1] = torch.nan, torch.inf\n",
-            "",
-        ),
-        ("the places of the sources are not looked at", 'close("source_positions", places, expected, 1e-5)', "pass"),
-        ("sources may run backwards", "true(bool((steps >= 0).all()),", "true(True,"),
-        ("gradients under autocast may be NaN", "true(bool(value.isfinite().all()),", "true(True,"),
-        (
-            "no operator's scores have to make its weights",
-            "if not torch.allclose(found.weights.sum(-1), torch.ones((), dtype=torch.float64)):",
-            "if True:",
-        ),
-        (
-            "weights above the diagonal and later tokens are not looked at",
-            'return bool(getattr(mixer, "causal", False))',
-            "return False",
         ),
         (
             "one of the checks runs on no grid",
@@ -189,6 +166,35 @@ FAULTS = {
             "yield from ((check, grid) for grid in grids if rank in (None, len(grid)) and check is not exports)",
         ),
     ),
+    "contract/paths.py": (
+        (
+            "the definition may be called by a forced fast path",
+            "setattr(mixer, name, forbidden)",
+            "setattr(mixer, name, getattr(mixer, name))",
+        ),
+    ),
+    "contract/weights.py": (
+        ("the places of the sources are not looked at", 'close("source_positions", places, expected, 1e-5)', "pass"),
+        ("sources may run backwards", "true(bool((steps >= 0).all()),", "true(True,"),
+        (
+            "no operator's scores have to make its weights",
+            "if not torch.allclose(found.weights.sum(-1), torch.ones((), dtype=torch.float64)):",
+            "if True:",
+        ),
+    ),
+    "contract/reading.py": (
+        (
+            "what stands in the padding is finite in every check",
+            "    rubbish[..., 0], rubbish[..., 1] = torch.nan, torch.inf\n",
+            "",
+        ),
+        (
+            "weights above the diagonal and later tokens are not looked at",
+            'return bool(getattr(mixer, "causal", False))',
+            "return False",
+        ),
+    ),
+    "contract/forms.py": (("gradients under autocast may be NaN", "true(bool(value.isfinite().all()),", "true(True,"),),
     "evidence.py": (
         ("values may differ by anything", "if not error <= relative * max(largest, 1e-3):", "if error < 0:"),
         (

@@ -1,7 +1,8 @@
-"""What the contract's checks stand on: operators with random parameters, gradients of everything, error budgets."""
+"""What the contract's checks stand on: operators with random parameters, gradients of everything, error budgets,
+padded batches."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -131,3 +132,29 @@ def true(kept: bool, sentence: str) -> None:
     """Broken, with this sentence, unless kept."""
     if not kept:
         raise Broken(sentence)
+
+
+def corner(image: Tensor, lengths: Sequence[int]) -> Tensor:
+    """The part of an image [*S, ...] that starts at the origin, as a view."""
+    for axis, length in enumerate(lengths):
+        image = image.narrow(axis, 0, length)
+    return image
+
+
+def padded(grid: Sequence[int]) -> Tensor:
+    """Two images that do not fill the grid: bool [2, *grid]."""
+    valid = torch.zeros(2, *grid, dtype=torch.bool)
+    for image, lengths in zip(valid, ([n - 1 for n in grid], [(n + 1) // 2 for n in grid]), strict=True):
+        corner(image, lengths)[...] = True
+    return valid
+
+
+def where_taken(mixer: Operator, **call: Tensor) -> dict[str, Tensor]:
+    """This part of a call, or nothing where the operator refuses it in words, or it is about another sequence."""
+    if mixer.needs_source:
+        return {}
+    try:
+        mixer(tokens(2, *call["valid"].shape[1:]), valid=torch.ones(2, *call["valid"].shape[1:], dtype=torch.bool))
+    except ValueError:
+        return {}  # `padding_changes_nothing` says which words
+    return call
