@@ -1,7 +1,6 @@
 """Weights stored for a page come back: within 1/128 of the largest of their row, for every operator and every term."""
 
 import dataclasses
-import math
 import types
 
 import numpy as np
@@ -11,99 +10,10 @@ from torch import nn
 
 import glocal
 from glocal import mixers
-from glocal.aggregation import Aggregation, grid_positions
-from glocal.analysis.codes import coded_scores, coded_weights, table_of
-from glocal.analysis.distance import mean_distance
-from glocal.analysis.entropy import entropy
 from glocal.analysis.maps import _rows, maps
 from glocal.mixer import TokenMixer
 
-# The page's arithmetic, written again.
-
-
-def below(code, spread):
-    """How far below the highest a code lies: equal steps of the weight near the top, of the score further down."""
-    wide = spread / 64
-    narrow = min(wide, 1.5 / 128)
-    knee = math.log(wide / narrow) if wide > narrow else 0.0
-    level = (1 - math.exp(-knee)) / narrow if narrow else 0.0
-    return -math.log(max(1 - code * narrow, 1e-9)) if code < level else knee + (code - level) * wide
-
-
-def at(array, head, query):
-    return array[min(head, array.shape[0] - 1), min(query, array.shape[1] - 1)]
-
-
-def table_row(table, head, query):
-    low, step = (float(v) for v in table.scales[min(head, len(table.scales) - 1)])
-    row = at(table.codes, head, query)
-    return row.astype(float) if row.dtype == np.float32 else low + step * row.astype(float)
-
-
-def score_row(rows, table, head, query):
-    """The coded term, NaN where the softmax does not run, and the other."""
-    codes, scales = at(rows.codes, head, query), at(rows.scales, head, query)
-    other = np.zeros(len(codes)) if table is None else np.broadcast_to(table_row(table, head, query), len(codes))
-    top = [scales[0] if table is None else min(scales[0], scales[3] - p) for p in other]
-    term = [math.nan if c == 255 else t - below(int(c), float(scales[1])) for c, t in zip(codes, top, strict=True)]
-    return np.array(term), other, scales
-
-
-def of(entries, image):
-    return entries[min(image, len(entries) - 1)] if entries else None
-
-
-def slots(found, image, head, query, terms="both"):
-    """One row as the page has it."""
-    rows = of(found.rows, image)
-    if found.kind == "mixture":
-        share = found.shares["content share"][head]
-        share = {"both": share, "content": 1, "position": 0}[terms]
-        parts = [at(p.codes, head, query) * at(p.scales, head, query) for p in (rows, of(found.table, image))]
-        return share * parts[0] + (1 - share) * parts[1]
-    if found.kind != "scores":
-        middle = 128 if found.kind == "signed" and rows.codes.dtype == np.uint8 else 0
-        return (at(rows.codes, head, query).astype(float) - middle) * at(rows.scales, head, query)
-    term, other, scales = score_row(rows, of(found.table, image), head, query)
-    if terms == "both":
-        return np.nan_to_num(np.exp(term + other - scales[4 if found.table else 2]))
-    if terms == found.terms[0]:
-        return np.nan_to_num(np.exp(term - scales[2]))
-    return np.where(np.isnan(term), 0, np.exp(other - scales[5]))
-
-
-def row_of(found, image, head, query, terms="both"):
-    """[M] of one row."""
-    values = slots(found, image, head, query, terms)
-    if not found.index:
-        return values
-    total = np.zeros(found.sources.prefix + math.prod(found.sources.grid))
-    index = at(of(found.index, image), head, query)
-    for k in range(max(len(values), len(index))):
-        if index[min(k, len(index) - 1)] >= 0:
-            total[index[min(k, len(index) - 1)]] += values[min(k, len(values) - 1)]
-    return total
-
-
-def assert_near(found, row, of_row=128):
-    assert np.abs(found - row).max() <= np.abs(row).max() / of_row + 1e-12
-
-
-class Net(nn.Module):
-    def __init__(self, *parts):
-        super().__init__()
-        self.parts = nn.ModuleList(parts)
-
-    def forward(self, x):
-        for part in self.parts:
-            x = part(x, **part.besides(x))
-        return x
-
-
-def recorded(mixer, x):
-    with torch.no_grad(), glocal.inspect(mixer) as seen:
-        mixer(x, **mixer.besides(x))
-    return list(seen)
+from .stored_maps import Net, aggregation, assert_near, recorded, row_of
 
 
 def specs():
@@ -134,37 +44,6 @@ def test_every_operator_comes_back(spec):
             for query in range(0, weights.num_queries, 7):
                 row = expected[min(image, len(expected) - 1), min(head, expected.shape[1] - 1), query]
                 assert_near(row_of(found, image, head, query), row)
-
-
-@pytest.mark.parametrize("spread", [0.02, 0.5, 3.0, 12.0])
-@pytest.mark.parametrize("position", [None, 0.1, 4.0, 60.0, 2000.0])
-def test_both_terms_and_their_sum_come_back(spread, position):
-    """A sharp position among flat content and the other way round: each alone, and together, by torch's softmax."""
-    torch.manual_seed(1)
-    content = spread * torch.randn(2, 6, 150, dtype=torch.float64)
-    seen = torch.rand(1, 6, 150) < 0.9
-    other = None if position is None else position * torch.randn(2, 6, 150, dtype=torch.float64)
-    table = None if other is None else table_of(other)
-    rows = coded_scores(content, None if table is None else table.decoded(), seen, seen)
-    for head in range(2):
-        for query in range(6):
-            term, second, scales = score_row(rows, table, head, query)
-            mask = seen[0, query].numpy()
-            assert (np.isnan(term) == ~mask).all()
-            assert_near(np.exp(term - scales[2])[mask], content[head, query][seen[0, query]].softmax(-1).numpy())
-            span = np.ptp(content[head, query].numpy()[mask])
-            assert np.abs(term - content[head, query].numpy())[mask].max() <= 1.02 * span / 128
-            if other is None:
-                continue
-            total = (content + other)[head, query][seen[0, query]].softmax(-1).numpy()
-            assert_near(np.exp(term + second - scales[4])[mask], total)
-            alone = other[head, query][seen[0, query]].softmax(-1).numpy()
-            assert_near(np.exp(second - scales[5])[mask], alone)
-
-
-def test_a_fine_table_is_stored_in_half_the_room():
-    narrow, wide = (table_of(width * torch.rand(2, 3, 40)) for width in (50.0, 500.0))
-    assert (narrow.codes.dtype, wide.codes.dtype) == (np.uint16, np.float32)
 
 
 @pytest.mark.parametrize(
@@ -229,27 +108,6 @@ def test_slots_of_one_source_are_stored_as_one():
     index = rows[2].index[0, 0, 0].tolist()
     assert stored[index.index(0)] == pytest.approx(0.01, abs=0.01 / 128)
     assert stored[index.index(1)] == pytest.approx(0.004, abs=0.01 / 128)
-
-
-def test_rows_without_anything_seen_and_rows_of_equals():
-    seen = torch.tensor([[[True], [False]]])
-    rows = coded_scores(torch.ones(1, 2, 4), None, seen, seen)
-    assert rows.codes.tolist() == [[[0] * 4, [255] * 4]]
-    assert slots_of_one(rows, 0) == pytest.approx([0.25] * 4, abs=1e-3)
-    assert np.isfinite(rows.scales).all()
-
-
-def slots_of_one(rows, query):
-    term, _, scales = score_row(rows, None, 0, query)
-    return np.exp(term - scales[2]).tolist()
-
-
-def test_weights_of_either_sign():
-    weights = torch.tensor([[[0.5, -2.0, 1.0, 0.0]]])
-    rows = coded_weights(weights, True)
-    assert (rows.codes[0, 0].tolist(), rows.scales.item()) == ([160, 1, 192, 128], pytest.approx(2 / 127))
-    assert coded_weights(torch.zeros(1, 1, 3), True).codes.tolist() == [[[128] * 3]]
-    assert coded_weights(torch.tensor([[[0.0, 1.0, 4.0]]]), False).codes.tolist() == [[[0, 64, 255]]]
 
 
 def test_static_weights_are_stored_once_and_shared_rows_once():
@@ -327,68 +185,6 @@ def test_heads_with_places_show_them():
         np.testing.assert_allclose(found.centers, mixer.attention_centers.detach().numpy())
 
 
-@pytest.mark.parametrize(("position", "stride"), [("classification", 1), ("detection", 2)])
-def test_locally_enhanced_attention_shows_its_attention_and_how_much_is_unary(position, stride):
-    torch.manual_seed(0)
-    spec = f"LocallyEnhancedAttention(grid_size=(4, 5), num_groups=2, position={position!r}, stride={stride})"
-    mixer, x = glocal.build(spec, 16).eval(), torch.randn(2, 4, 5, 16)
-    calls = recorded(mixer, x)
-    assert calls[0].rebuild_error() < 1e-6
-    for budget in (10**6, 2 * 2 * 20 * 5):
-        ((found,), refused) = maps(calls, budget=budget)
-        assert not refused and found.queries.grid == (4, 5) and found.queries.prefix == 0 and found.kind == "weights"
-        assert found.stride == (1 if budget == 10**6 else 2)
-    ((found,), _) = maps(calls)
-    weights = mixer.weights(x).weights.detach().double().numpy()
-    assert_near(row_of(found, 1, 1, 7), weights[1, 1, 7])
-    gate = mixer.terms(x)["gate"].detach()
-    by_hand = [(1 / (1 + gate[..., 8 * g : 8 * g + 8])).mean().item() for g in range(2)]
-    assert found.shares["unary share"] == pytest.approx(by_hand, rel=1e-5)
-    with torch.no_grad():
-        mixer.reasoning[1].weight.mul_(2)
-    with pytest.raises(ValueError, match=r"its parameter reasoning\.1\.weight was changed in place"):
-        maps(calls)
-    with pytest.raises(ValueError, match=r"its parameter reasoning\.1\.weight was changed in place"):
-        calls[0].shares()
-
-
-@pytest.mark.parametrize("position", ["classification", "detection"])
-def test_weights_that_are_not_those_of_the_locally_enhanced_sums_are_refused(position, monkeypatch):
-    """Running it again gives the same output, whatever its weights are said to be."""
-    torch.manual_seed(0)
-    spec = f"LocallyEnhancedAttention(grid_size=(4, 5), num_groups=2, position={position!r})"
-    mixer, x = glocal.build(spec, 16).eval(), torch.randn(2, 4, 5, 16)
-    for parameter in mixer.parameters():
-        parameter.data.add_(0.3 * torch.randn_like(parameter))
-    calls, real = recorded(mixer, x), mixer.weights
-    calls[0].weights(torch.tensor([7, 3]))
-    monkeypatch.setattr(
-        mixer, "weights", lambda *a, **k: dataclasses.replace(w := real(*a, **k), weights=w.weights.flip(-1))
-    )
-    for queries in (None, torch.tensor([7, 3])):
-        with pytest.raises(ValueError, match="rebuild the recorded output with a relative error"):
-            calls[0].weights(queries)
-    monkeypatch.undo()
-    assert recorded(mixer, x[:0])[0].rebuild_error() == 0
-    calls[0].output.data.mul_(1.5)
-    with pytest.raises(ValueError, match="rebuild the recorded output with a relative error"):
-        calls[0].weights()
-
-
-def test_weights_of_locally_enhanced_attention_on_padding_are_refused():
-    mixer, x = glocal.build("LocallyEnhancedAttention(grid_size=4, num_groups=2)", 16).eval(), torch.randn(1, 4, 4, 16)
-    valid = torch.ones(1, 4, 4, dtype=torch.bool)
-    for last, refused in ((True, False), (False, True)):
-        valid[:, 3] = last
-        with torch.no_grad(), glocal.inspect(mixer) as seen:
-            mixer(x, valid=valid.clone())
-        if not refused:
-            torch.testing.assert_close(seen.calls[0].weights().weights, mixer.weights(x).weights)
-            continue
-        with pytest.raises(ValueError, match=r"was called with padding \(valid\), and LocallyEnhancedAttention shows"):
-            seen.calls[0].weights()
-
-
 def test_what_cannot_be_rebuilt_is_named_and_the_rest_shown():
     net = Net(glocal.build("SelfAttention(num_heads=4)", 32), glocal.build("DepthwiseConv(kernel_size=3)", 32))
     calls = []
@@ -410,46 +206,8 @@ def test_a_module_that_is_called_twice_has_two_maps():
     assert [each.name for each in maps(list(seen))[0]][:2] == ["parts.0", "parts.0 (2)"]
 
 
-def aggregation(weights, index=None, queries=4):
-    places, index = grid_positions((1, 4)), None if index is None else torch.tensor(index)
-    return Aggregation(torch.tensor(weights), index, 4, places[:queries], places, (1, queries), (1, 4))
-
-
-def test_distance_and_entropy_by_hand():
-    dense = aggregation(
-        [[[[0.5, 0.5, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25], [0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]]]]
-    )
-    assert mean_distance(dense)[0, 0, :3].tolist() == [0.5, 1.0, 1.0]
-    assert entropy(dense)[0, 0, :3].tolist() == [1.0, 2.0, 0.0]
-    assert mean_distance(dense)[0, 0, 3].isnan() and entropy(dense)[0, 0, 3].isnan()
-    # slots that repeat a source, cancel there, or lie outside; the sign does not count
-    sparse = aggregation([[[[1.0, -3.0, 1.0, 2.0]]]], [[[[0, 1, 0, -1], [1, 1, 2, 3], [3, 3, 3, 3], [-1, 0, 1, 2]]]])
-    assert mean_distance(sparse)[0, 0].tolist() == pytest.approx([3 / 5, (1 + 4) / 5, 1.0, (9 + 2 + 2) / 6])
-    shares = torch.tensor([2 / 5, 3 / 5])
-    assert entropy(sparse)[0, 0, 0].item() == pytest.approx(-(shares * shares.log2()).sum().item())
-
-
 # planted by scripts/mutate
 FAULTS = {
-    ("analysis/codes.py", "test_maps.py"): (
-        ("steps near the top are twice as wide", "STEP = 1.5 / 128", "STEP = 3 / 128"),
-        ("steps further down are a tenth of the range", "PARTS = 64 ", "PARTS = 10 "),
-        ("what is left out of the softmax is stored as any other", ".round(), EMPTY)", ".round(), 0)"),
-        (
-            "the sum's highest is not looked at",
-            "bound = torch.minimum(highest, highest_sum - other)",
-            "bound = highest",
-        ),
-        ("a wide table is stored in 16 bits", "if float(step.max()) > FINE:", "if False:"),
-        ("weights below zero are cut off", "+ (128 if signed else 0)", "+ (0 if signed else 0)"),
-        ("the denominator counts what is not seen", "found = t.masked_fill(~seen, -torch.inf)", "found = t"),
-        (
-            "denominators are those of what is shown",
-            "[highest, _denominator(t, over)]",
-            "[highest, _denominator(t, seen)]",
-        ),
-        ("scales are rounded down", "/ unit).ceil() * unit", "/ unit).floor() * unit"),
-    ),
     ("analysis/maps.py", "test_maps.py"): (
         (
             "a mixture's parts change places",
@@ -500,40 +258,5 @@ FAULTS = {
         ),
         ("pooled sources have the step of the queries", "_pair(step, 1.0)", "(1.0, 1.0)"),
         ("signs are lost", "signed, shared = bool((found.weights < 0).any()),", "signed, shared = False,"),
-    ),
-    ("inspection.py", "test_maps.py"): (
-        (
-            "nothing ties what is shown to the sums of the run",
-            "max(_error(output, self.output), _error(rebuilt, sums if queries is None else sums[:, queries]))",
-            "_error(output, self.output)",
-        ),
-        ("its output may be another", "max(_error(output, self.output), _error(rebuilt,", "max(0, _error(rebuilt,"),
-        ("padding is not noticed", "if valid is not None and not bool(valid.all()):", "if False:"),
-        ("a share of what is not unary", "share = (1 / (1 + gate))", "share = (gate / (1 + gate))"),
-        ("shares of another call", "gate = self.mixer.terms(**self._call)", "gate = self.mixer.terms(2 * self.x)"),
-        (
-            "shares of what was changed",
-            "        self._check_unchanged()\n        with self._as_it_was(), torch.no_grad():\n            gate",
-            "        with self._as_it_was(), torch.no_grad():\n            gate",
-        ),
-        ("strided outputs count as the queries", "math.prod(self.query_grid)", "math.prod(self.output.shape[1:-1])"),
-        (
-            "parts are taken for weights of the whole",
-            "kind = PartsCall if _shows_parts(mixer) else Call",
-            "kind = Call",
-        ),
-    ),
-    ("analysis/distance.py", "test_maps.py"): (
-        (
-            "signs count",
-            "torch.broadcast_tensors(a.weights.abs(), a.index)",
-            "torch.broadcast_tensors(a.weights, a.index)",
-        ),
-        ("repeated slots count one by one", "a = aggregation.coalesce()", "a = aggregation"),
-        ("sources without a place are at the query", "size = size * placed", "size = size * 1"),
-    ),
-    ("analysis/entropy.py", "test_maps.py"): (
-        ("entropy is in nats", "torch.log(torch.tensor(2.0, dtype=share.dtype))", "1"),
-        ("repeated slots count one by one", "a = aggregation.coalesce()", "a = aggregation"),
     ),
 }
