@@ -11,9 +11,10 @@ import torch
 import yaml
 
 from glocal.cli import main
+from glocal.cli.commands import TrainCommand
 from glocal.cli.parsing import parse
 from glocal.compare import Study
-from glocal.config import CompareConfig, TrainCommand
+from glocal.config import CompareConfig
 from glocal.data import ImageData
 from glocal.tasks.classification import build_model
 

@@ -9,13 +9,13 @@ from glocal.cli.parsing import UserError, parse, said_in_one_line
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from glocal.config import ConvertCommand
+    from glocal.cli.commands import ConvertCommand
     from glocal.inference import Trained
 
 
 def convert_command(name: str, arguments: Sequence[str]) -> int:
     """`glocal convert`."""
-    from glocal.config import ConvertCommand
+    from glocal.cli.commands import ConvertCommand
 
     command = parse(ConvertCommand, name, arguments)
     if command is None:

@@ -15,7 +15,7 @@ from glocal.cli.parsing import UserError, parse, said_in_one_line
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from glocal.config import ExploreCommand
+    from glocal.cli.commands import ExploreCommand
     from glocal.data import ImageData
     from glocal.inspection import Inspection
 
@@ -50,7 +50,7 @@ class _Loaded:
 
 def explore_command(name: str, arguments: Sequence[str]) -> int:
     """`glocal explore`."""
-    from glocal.config import ExploreCommand
+    from glocal.cli.commands import ExploreCommand
 
     command = parse(ExploreCommand, name, arguments)
     if command is None:

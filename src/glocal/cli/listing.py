@@ -28,7 +28,7 @@ class _Found:
 
 def list_command(name: str, arguments: Sequence[str]) -> int:
     """`glocal list`."""
-    from glocal.config import ListCommand
+    from glocal.cli.commands import ListCommand
 
     command = parse(ListCommand, name, arguments)
     if command is None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def check_operator_command(name: str, arguments: Sequence[str]) -> int:
     """`glocal check-operator`; exit code 1 where a promise is broken."""
-    from glocal.config import CheckOperatorCommand
+    from glocal.cli.commands import CheckOperatorCommand
 
     command = parse(CheckOperatorCommand, name, arguments)
     if command is None:
@@ -74,7 +74,7 @@ def _grids(outcomes: Sequence["Outcome"]) -> str:
 
 def explain_path_command(name: str, arguments: Sequence[str]) -> int:
     """`glocal explain-path`."""
-    from glocal.config import ExplainPathCommand
+    from glocal.cli.commands import ExplainPathCommand
 
     command = parse(ExplainPathCommand, name, arguments)
     if command is None:

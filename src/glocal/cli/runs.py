@@ -27,7 +27,8 @@ def compare_command(name: str, arguments: Sequence[str]) -> int:
 
 def train_command(name: str, arguments: Sequence[str]) -> int:
     """`glocal train`."""
-    from glocal.config import RunConfig, TrainCommand
+    from glocal.cli.commands import TrainCommand
+    from glocal.config import RunConfig
     from glocal.plain import from_plain
 
     default = TrainCommand()
@@ -65,7 +66,7 @@ def train_command(name: str, arguments: Sequence[str]) -> int:
 
 def evaluate_command(name: str, arguments: Sequence[str]) -> int:
     """`glocal evaluate`."""
-    from glocal.config import EvaluateCommand
+    from glocal.cli.commands import EvaluateCommand
 
     command = parse(EvaluateCommand, name, arguments)
     if command is None:
@@ -92,7 +93,7 @@ def evaluate_command(name: str, arguments: Sequence[str]) -> int:
 
 def predict_command(name: str, arguments: Sequence[str]) -> int:
     """`glocal predict`."""
-    from glocal.config import PredictCommand
+    from glocal.cli.commands import PredictCommand
 
     command = parse(PredictCommand, name, arguments)
     if command is None:
@@ -144,7 +145,7 @@ def recall_command(name: str, arguments: Sequence[str]) -> int:
 
 def check_data_command(name: str, arguments: Sequence[str]) -> int:
     """`glocal check-data`; exit code 1 where something is wrong."""
-    from glocal.config import CheckDataCommand
+    from glocal.cli.commands import CheckDataCommand
 
     command = parse(CheckDataCommand, name, arguments)
     if command is None:
