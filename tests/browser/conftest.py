@@ -4,6 +4,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+
+import glocal
+from glocal.analysis.maps import maps
+from glocal.report.explorer import Picture, explorer
+
+from .explorer_in_browser import GRID, IMAGES, Net, png
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
@@ -51,6 +58,44 @@ def open_page(browser, tmp_path, complaints):
     for context in contexts:
         context.close()
     assert not complaints
+
+
+@pytest.fixture(scope="module")
+def calls():
+    """Of every layer of the explorer's network."""
+    torch.manual_seed(0)
+    with torch.no_grad(), glocal.inspect(Net().eval()) as seen:
+        seen._model(torch.randn(IMAGES, *GRID, 24))
+    return list(seen)
+
+
+@pytest.fixture(scope="module")
+def html(calls):
+    """The explorer's page of these calls."""
+    layers, refused = maps(calls)
+    assert not refused
+    (places,) = (layer for layer in layers if layer.centers is not None)
+    precision = places.precision.tolist()
+    epochs = [
+        {"epoch": n, "layers": {"places": {"centers": (n / 9 * places.centers).tolist(), "precision": precision}}}
+        for n in (1, 4, 9)
+    ]
+    return explorer(
+        "a <net> & more",
+        [Picture(f"<b>{i}</b>.png", png(i), "seen as <i>cat</i>") for i in range(IMAGES)],
+        layers,
+        notes=["Random <weights>."],
+        refused={"<gone>": "it was <not> rebuilt"},
+        epochs=epochs,
+    )
+
+
+@pytest.fixture
+def page(open_page, html):
+    """The explorer's page on a wide screen."""
+    page = open_page(html, viewport={"width": 1200, "height": 900})
+    page.evaluate("explorer.ready")
+    return page
 
 
 @pytest.fixture
