@@ -26,6 +26,9 @@ FAULTS = {
             "new = linear_or_none(self.num_features, num_classes)",
             "new = nn.Linear(self.num_features, self.get_classifier().out_features)",
         ),
+        ("any word is a way to pool", "if global_pool is not None and global_pool not in", "if False and"),
+        ("pooling stays as it was", "= global_pool or self.global_pool", "= self.global_pool"),
+        ("pooling is forgotten", "= global_pool or self.global_pool", "= global_pool or self.pools[0]"),
         ("a new head is float32", "new.to(like.device, like.dtype)", "new.to(like.device)"),
         ("one head of two is new", "for name in self.classifiers:\n", "for name in self.classifiers[:1]:\n"),
         ("features are not normalised", "return self.finish(x)\n\n", "return x\n\n"),
@@ -248,6 +251,24 @@ def test_a_new_head(model):
     for wrong in (-1, 2.5, True, False):
         with pytest.raises(ValueError, match=f"^num_classes: {wrong}"):
             model.reset_classifier(wrong)
+
+
+def test_another_pooling(model):
+    """Those that a network has; others are refused and leave all as it was."""
+    image = torch.randn(IMAGE)
+    pooled = model.forward_head(model.forward_features(image), pre_logits=True)
+    assert model.global_pool == "avg"
+    model.reset_classifier(0, "avg")
+    assert torch.equal(model(image), pooled)
+    for wrong in ("token", "max", "", 3):
+        with pytest.raises(ValueError, match=f"^global_pool: {wrong!r}, Small has 'avg'; for .* forward_features$"):
+            model.reset_classifier(7, global_pool=wrong)
+    assert model.num_classes == 0 and model.global_pool == "avg"
+    model.pools = ("avg", "token")
+    model.reset_classifier(0, global_pool="token")
+    assert model.global_pool == "token"
+    model.reset_classifier(0)
+    assert model.global_pool == "token"
 
 
 @pytest.mark.parametrize("reached", [(2,), (0, 2), 1])

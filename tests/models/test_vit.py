@@ -30,8 +30,13 @@ FAULTS = {
         ),
         ("the class token has no position", "], 1) + positions", "], 1) + positions * (positions != positions[:, :1])"),
         ("rows are resized to columns", "x.shape[1:3], num_prefix=1)", "x.shape[1:3][::-1], num_prefix=1)"),
-        ("the mean holds the class token", "self.fc_norm(x[:, 1:].mean(1))", "self.fc_norm(x.mean(1))"),
-        ("the norm stands before the mean", "self.fc_norm(x[:, 1:].mean(1))", "self.fc_norm(x[:, 1:]).mean(1)"),
+        ("the mean holds the class token", "else x[:, 1:].mean(1))", "else x.mean(1))"),
+        (
+            "the norm stands before the mean",
+            'self.fc_norm(x[:, 0] if self.global_pool == "token" else x[:, 1:].mean(1))',
+            'self.fc_norm(x)[:, 0] if self.global_pool == "token" else self.fc_norm(x)[:, 1:].mean(1)',
+        ),
+        ("the class token has no norm", "self.fc_norm(x[:, 0] if", "x[:, 0] if"),
         ("maps begin with the class token", "x[:, 1:].unflatten(1, self", "x[:, :-1].unflatten(1, self"),
         (
             "patches beyond the border are dropped",
@@ -44,7 +49,7 @@ FAULTS = {
         ("the small model has heads of 32 channels", "dim=384, num_heads=6", "dim=384, num_heads=12"),
         (
             "any word is a way to pool",
-            'one_of("global_pool", global_pool, ("token", "avg"))',
+            'one_of("global_pool", global_pool, self.pools)',
             "global_pool",
         ),
         (
@@ -336,6 +341,20 @@ def test_a_new_head():
     assert model(torch.randn(2, 3, 32, 48)).shape == (2, 7)
     model.reset_classifier(0)
     assert model(torch.randn(2, 3, 32, 48)).shape == (2, 24)
+
+
+@pytest.mark.parametrize("then", ["token", "avg", None])
+@pytest.mark.parametrize("built", ["token", "avg"])
+def test_another_pooling_is_timms(built, then):
+    """The norm stays where it was."""
+    ours, theirs = small(global_pool=built).double().eval(), timms(global_pool=built).eval()
+    for model in (ours, theirs):
+        model.reset_classifier(7, then)
+    at_random(ours)
+    theirs.load_state_dict(ours.state_dict())
+    image = torch.randn(3, 3, 32, 48, dtype=torch.float64)
+    assert_close(ours(image), theirs(image))
+    assert ours.global_pool == theirs.global_pool
 
 
 def test_layers_can_be_looked_into():

@@ -30,6 +30,9 @@ FAULTS = {
         ("tokens count in full", "+ 0.5 * self.aux_head", "+ self.aux_head"),
         ("the mean of tokens counts", ".max(1).values", ".mean(1)"),
         ("the class token counts as a token", "self.aux_head(x[:, 1:]).max", "self.aux_head(x).max"),
+        ("pooling stays the class token's", 'x[:, 0] if self.global_pool == "token" else x.mean(1)', "x[:, 0]"),
+        ("the mean leaves out the class token", "else x.mean(1)", "else x[:, 1:].mean(1)"),
+        ("training takes the class token", "self.head(self.pool(x))", "self.head(x[:, 0])"),
         ("a map begins with the class token", "return x[:, 1:].unflatten(", "return x[:, :-1].unflatten("),
         ("a new head leaves that of the tokens", 'classifiers = ("head", "aux_head")', 'classifiers = ("head",)'),
         (
@@ -273,6 +276,19 @@ def test_new_heads():
     model.reset_classifier(0)
     assert_close(model.eval()(image), model.forward_features(image)[:, 0])
     assert glocal.create_model("volo_d1", **{**SMALL, "num_classes": 0}, in_chans=1)(image[:, :1]).shape == (2, 24)
+
+
+def test_another_pooling_is_timms():
+    """A mean over all tokens, that of the class too."""
+    ours = small()
+    ours.reset_classifier(5, global_pool="avg")
+    ours = at_random(ours)
+    theirs = timms(ours)
+    theirs.global_pool = "avg"
+    image = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    assert_close(ours(image), theirs(image))
+    scores, _, _ = ours.train().forward_train(image, box=(0, 0, 0, 0))
+    assert_close(scores, ours.head(ours.forward_features(image).mean(1)))
 
 
 def test_what_decay_leaves_alone():

@@ -21,8 +21,8 @@ from glocal.operator import undecayed_parts
 class Classifier(nn.Module, ABC):
     """Abstract: images [B, in_chans, H, W] -> scores [B, num_classes], a stem, stages, a head.
 
-    A family defines `stem` and `stages`, fills `feature_info`, and makes its own head; `needed`, `finish`, `pool`,
-    `map_of` and `no_weight_decay` where the defaults do not hold.
+    A family defines `stem` and `stages`, fills `feature_info`, and makes its own head; `needed`, `finish`, `pool` with
+    `pools`, `map_of` and `no_weight_decay` where the defaults do not hold.
 
     Args:
         in_chans: channels of an image.
@@ -33,17 +33,20 @@ class Classifier(nn.Module, ABC):
         feature_info: one dict a stage, as in timm: `num_chs` (channels), `reduction` (pixels along a side of a
             token), `module` (its name).
         grad_checkpointing: see `set_grad_checkpointing`.
+        global_pool: how `pool` makes one vector of tokens, in timm's words: "avg", the mean; "token", the class token.
+        pools: what that may be; the first is what it is.
         classifiers: names of the linear maps to scores, the one that `forward` uses first.
         after_stages: names of the parts that nothing before the end of the last stage needs.
     """
 
+    pools: ClassVar[tuple[str, ...]] = ("avg",)
     classifiers: ClassVar[tuple[str, ...]] = ("head",)
     after_stages: ClassVar[tuple[str, ...]] = ("norm", "head")
 
     def __init__(self, *, in_chans: int, num_classes: int, num_features: int) -> None:
         super().__init__()
         self.in_chans, self.num_features = positive("in_chans", in_chans), positive("num_features", num_features)
-        self.num_classes = _classes(num_classes)
+        self.num_classes, self.global_pool = _classes(num_classes), self.pools[0]
         self.feature_info = FeatureInfo()
         self.grad_checkpointing = False
 
@@ -139,9 +142,23 @@ class Classifier(nn.Module, ABC):
         """The linear map to scores."""
         return self.get_submodule(self.classifiers[0])
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """A new linear map for another number of classes; 0: none, what it would be given is returned."""
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new linear map for another number of classes; 0: none, what it would be given is returned.
+
+        Args:
+            num_classes: number of scores.
+            global_pool: one of `pools`; None: as it is. Norms stay where they are, as with timm.
+
+        Raises:
+            ValueError: another kind of pooling; nothing has changed then.
+        """
+        if global_pool is not None and global_pool not in self.pools:
+            raise ValueError(
+                f"global_pool: {global_pool!r}, {type(self).__name__} has {' and '.join(map(repr, self.pools))}; for "
+                "tokens as they are take forward_features"
+            )
         self.num_classes = _classes(num_classes)
+        self.global_pool = global_pool or self.global_pool
         like = next(self.parameters())
         for name in self.classifiers:
             new = linear_or_none(self.num_features, num_classes)

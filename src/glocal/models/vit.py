@@ -52,6 +52,7 @@ class ViT(Classifier):
         timm; the released code resizes them linearly.
     """
 
+    pools = ("token", "avg")
     after_stages = ("norm", "fc_norm", "head")
 
     def __init__(
@@ -69,7 +70,7 @@ class ViT(Classifier):
         drop_path_rate: float = 0,
     ) -> None:
         super().__init__(in_chans=in_chans, num_classes=num_classes, num_features=dim)
-        self.global_pool = one_of("global_pool", global_pool, ("token", "avg"))
+        self.global_pool = one_of("global_pool", global_pool, self.pools)
         self.patch_embed = PatchEmbed(in_chans, dim, positive("patch_size", patch_size), norm=False)
         self.grid_size = self._grid(per_axis("img_size", img_size, 2))
         places = 1 + self.grid_size[0] * self.grid_size[1]
@@ -105,7 +106,7 @@ class ViT(Classifier):
         return self.norm(x)
 
     def pool(self, x: Tensor) -> Tensor:
-        return x[:, 0] if self.global_pool == "token" else self.fc_norm(x[:, 1:].mean(1))
+        return self.fc_norm(x[:, 0] if self.global_pool == "token" else x[:, 1:].mean(1))
 
     def map_of(self, x: Tensor, image: Tensor) -> Tensor:
         return x[:, 1:].unflatten(1, self._grid(image.shape[2:]))

@@ -128,6 +128,7 @@ class VOLO(Classifier):
         ViT's; the released code resizes them without, to fine-tune at a larger size.
     """
 
+    pools = ("token", "avg")
     classifiers = ("head", "aux_head")
     after_stages = ("post_network", "norm", "head", "aux_head")
 
@@ -198,7 +199,7 @@ class VOLO(Classifier):
         return self.norm(self.post_network(x))
 
     def pool(self, x: Tensor) -> Tensor:
-        return x[:, 0]
+        return x[:, 0] if self.global_pool == "token" else x.mean(1)  # as timm: over the class token too
 
     def map_of(self, x: Tensor, image: Tensor) -> Tensor:
         """Tokens as a map; of those that class attention has seen, without that of the class."""
@@ -208,7 +209,7 @@ class VOLO(Classifier):
         return x[:, 1:].unflatten(1, tuple((n + side - 1) // side for n in image.shape[2:]))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Scores of `forward_features`; with pre_logits the class token, [B, num_features]."""
+        """Scores of `forward_features`; with pre_logits what `pool` gives, [B, num_features]."""
         scores = super().forward_head(x, pre_logits)
         if pre_logits or not self.num_classes:
             return scores
@@ -245,7 +246,7 @@ class VOLO(Classifier):
             x = self._through(stage, x, {})
         x = self.finish(x)
         tokens = self.aux_head(x[:, 1:]).unflatten(1, (h, w))
-        return self.head(x[:, 0]), mixed(tokens, box).flatten(1, 2), box
+        return self.head(self.pool(x)), mixed(tokens, box).flatten(1, 2), box
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay leaves alone: positions and class token, besides vectors."""
