@@ -5,6 +5,7 @@ import torch
 
 import glocal
 from glocal import Cache
+from glocal.arguments import every_axis
 
 X = torch.randn(2, 5, 4, 8)
 
@@ -95,6 +96,29 @@ def test_num_heads_and_head_dim_must_agree():
         glocal.build("SelfAttention(num_heads=4, head_dim=4)", 32)
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (7, r"7, must name every axis, as in \(7, 7\) for images or \(7,\) for sequences"),
+        (None, "None, must name every axis"),
+        (7.5, "7.5, must name every axis"),
+        ("7", "'7', must name every axis"),
+        ((), r"\(\), must name every axis"),
+        ((7, 0), "0, must be a positive whole number"),
+        ((7, 1.5), "1.5, must be a positive whole number"),
+    ],
+)
+def test_a_grid_names_every_axis(given, words):
+    with pytest.raises(ValueError, match=f"^grid_size: {words}"):
+        every_axis("grid_size", given)
+
+
+@pytest.mark.parametrize("given", [(7, 5), [7, 5], torch.Size((7, 5))])
+def test_a_grid_is_a_list_or_a_tuple(given):
+    found = every_axis("grid_size", given)
+    assert found == (7, 5) and type(found) is tuple
+
+
 # planted by scripts/mutate
 FAULTS = {
     "arguments.py": (
@@ -108,6 +132,13 @@ FAULTS = {
             "or tuple(valid.shape) not in (tokens, flat):",
             "or tuple(valid.shape) != tokens:",
         ),
+        ("one number is a grid", "if isinstance(value, int):\n        raise", "if False:\n        raise"),
+        (
+            "a grid may be anything that has a length",
+            "if not isinstance(value, list | tuple) or not value:",
+            "if False:",
+        ),
+        ("a grid may have no axis", "list | tuple) or not value:", "list | tuple):"),
         ("a `valid` of numbers is taken", "if valid.dtype != torch.bool or tuple(", "if tuple("),
         (
             "a NaN of a real token is hidden",

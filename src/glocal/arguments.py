@@ -45,6 +45,17 @@ def per_axis(name: str, value: int | Sequence[int], rank: int) -> tuple[int, ...
     return tuple(positive(name, size) for size in sizes)
 
 
+def every_axis(name: str, value: Sequence[int]) -> tuple[int, ...]:
+    """The lengths of a grid, which say its rank too."""
+    if isinstance(value, int):
+        raise ValueError(
+            f"{name}: {value}, must name every axis, as in ({value}, {value}) for images or ({value},) for sequences"
+        )
+    if not isinstance(value, list | tuple) or not value:
+        raise ValueError(f"{name}: {value!r}, must name every axis, as in (14, 14) for images or (196,) for sequences")
+    return per_axis(name, value, len(value))
+
+
 def one_of(name: str, value: str, allowed: Sequence[str]) -> str:
     """`value` if it is one of the words allowed."""
     if value not in allowed:

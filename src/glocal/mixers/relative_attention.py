@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from glocal.aggregation import Aggregation, grid_positions
-from glocal.arguments import extents, flag, per_axis, positive
+from glocal.arguments import every_axis, extents, flag, positive
 from glocal.kernels import biased_attention
 from glocal.mixers._attention import (
     Attention,
@@ -77,11 +77,7 @@ class RelativeAttention(Attention):
         after_softmax: bool = False,
         position_mlp: int | None = None,
     ) -> None:
-        if isinstance(grid_size, int):
-            raise ValueError(
-                f"grid_size: {grid_size}, must name every axis, as in ({grid_size}, {grid_size}) for images"
-            )
-        grid_size = tuple(grid_size)
+        grid_size = every_axis("grid_size", grid_size)
         super().__init__(
             dim,
             num_heads=num_heads,
@@ -92,7 +88,7 @@ class RelativeAttention(Attention):
             rank=len(grid_size),
         )
         self.inner_dim = inner_dim
-        self.grid_size = per_axis("grid_size", grid_size, len(grid_size))
+        self.grid_size = grid_size
         self.after_softmax = flag("after_softmax", after_softmax)
         self.position_bias = flag("position_bias", position_bias)
         self.position_mlp, self.relative_position_mlp = position_mlp, None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from glocal.aggregation import Aggregation
-from glocal.arguments import extents, flag, one_of, per_axis
+from glocal.arguments import every_axis, extents, flag, one_of
 from glocal.mixer import Cache
 from glocal.mixers._attention import Attention
 from glocal.mixers.self_attention import mixed_from_all, softmax_of_all
@@ -68,16 +68,13 @@ class RotaryAttention(Attention):
         temperature: float = 10000.0,
         grid_size: Sequence[int] | None = None,
     ) -> None:
-        if isinstance(grid_size, int):
-            raise ValueError(
-                f"grid_size: {grid_size}, must name every axis, as in ({grid_size}, {grid_size}) for images"
-            )
-        rank = None if grid_size is None else len(grid_size)
+        sizes = None if grid_size is None else every_axis("grid_size", grid_size)
+        rank = None if sizes is None else len(sizes)
         super().__init__(dim, num_heads=num_heads, head_dim=head_dim, out_dim=out_dim, qkv_bias=qkv_bias, rank=rank)
         check_head_dim(self.out_dim // self.num_heads, rank or 1, temperature)
         one_of("pairing", pairing, PAIRINGS)
         self.causal, self.pairing, self.temperature = flag("causal", causal), pairing, temperature
-        self.grid_size = None if grid_size is None else per_axis("grid_size", tuple(grid_size), len(grid_size))
+        self.grid_size = sizes
         if causal and grid_size is not None:
             raise ValueError(
                 f"grid_size: {self.grid_size}, causal=True; scaled places depend on what follows; leave one out"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from glocal.arguments import per_axis
+from glocal.arguments import every_axis
 from glocal.mixers._grid import join
 from glocal.operator import TokenModule
 
@@ -43,13 +43,9 @@ class TokenMLP(TokenModule):
     )
 
     def __init__(self, dim: int, *, grid_size: Sequence[int], mlp_ratio: float = 0.5) -> None:
-        if isinstance(grid_size, int):
-            raise ValueError(
-                f"grid_size: {grid_size}, must name every axis, as in ({grid_size}, {grid_size}) for images"
-            )
-        grid_size = tuple(grid_size)
-        super().__init__(dim, rank=len(grid_size))
-        self.grid_size = per_axis("grid_size", grid_size, len(grid_size))
+        sizes = every_axis("grid_size", grid_size)
+        super().__init__(dim, rank=len(sizes))
+        self.grid_size = sizes
         self.mlp_ratio = mlp_ratio
         self._hidden = int(mlp_ratio * dim)
         if self._hidden < 1:

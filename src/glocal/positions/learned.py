@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from glocal.arguments import extents, flag, per_axis, positive
+from glocal.arguments import every_axis, extents, flag, per_axis, positive
 from glocal.positions._tokens import Tokens, read, steps, written
 
 TABLE_STD = 0.02  # of the first entries, as in ViT
@@ -89,7 +89,7 @@ class LearnedPositions(nn.Module):
 
     def __init__(self, dim: int, *, grid_size: Sequence[int], num_prefix: int = 0, resize: bool = True) -> None:
         super().__init__()
-        self.dim, self.grid_size = positive("dim", dim), _sizes(grid_size)
+        self.dim, self.grid_size = positive("dim", dim), every_axis("grid_size", grid_size)
         if not isinstance(num_prefix, int) or num_prefix < 0:
             raise ValueError(f"num_prefix: {num_prefix!r}, must be a whole number, 0 or more")
         self.num_prefix, self.resize = num_prefix, flag("resize", resize)
@@ -213,15 +213,6 @@ class RowColumnPositions(nn.Module):
             return resized_positions(table[None], (self.grid_size[axis],), (n,))
         _fits("RowColumnPositions", axis, n, self.grid_size[axis])
         return table[None, :n]
-
-
-def _sizes(grid_size: Sequence[int]) -> tuple[int, ...]:
-    if isinstance(grid_size, int):
-        raise ValueError(
-            f"grid_size: {grid_size}, must name every axis, as in ({grid_size}, {grid_size}) for images or "
-            f"({grid_size},) for sequences"
-        )
-    return per_axis("grid_size", grid_size, len(grid_size))
 
 
 def _fits(name: str, axis: int, end: int, size: int) -> None:

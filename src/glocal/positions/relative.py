@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from glocal.aggregation import grid_positions
-from glocal.arguments import one_of, per_axis, positive
+from glocal.arguments import every_axis, one_of, positive
 
 TABLE_STD = 0.02  # of the first entries, as in Swin
 
@@ -200,11 +200,7 @@ class RelativePositionBias(nn.Module):
 
     def __init__(self, grid_size: Sequence[int], num_heads: int, *, mode: Mode = "bicubic") -> None:
         super().__init__()
-        if isinstance(grid_size, int):
-            raise ValueError(
-                f"grid_size: {grid_size}, must name every axis, as in ({grid_size}, {grid_size}) for images"
-            )
-        self.grid_size = per_axis("grid_size", grid_size, len(grid_size))
+        self.grid_size = every_axis("grid_size", grid_size)
         one_of("mode", mode, ("bicubic", "bilinear"))
         self.num_heads, self.mode = positive("num_heads", num_heads), mode
         entries = torch.empty(math.prod(2 * n - 1 for n in self.grid_size), num_heads)
