@@ -1,6 +1,7 @@
 """GatedPaddedAttention against a loop over the places of a grid that torch has padded, and against ConViT's layer."""
 
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,6 +36,7 @@ FAULTS = (
     ("content of other paddings is read once", 'if self.padding_mode != "zeros":', "if False:"),
     ("only one encoding", "ENCODINGS[encoding](", "ENCODINGS['quadratic']("),
     ("content is left out where gates are open", "and not self.gate.any()", ""),
+    ("gates are waited for", 'or x.device.type != "cpu":', "or x.is_meta:"),
     ("shut gates do not learn", "return not (learning and torch.is_grad_enabled()) and", "return"),
     ("all weights are formed", "more = self.dim - self.head_dim", "more = 0"),
     ("keys and queries start large", "std=0.02", "std=2.0"),
@@ -184,6 +186,16 @@ def test_content_is_computed_where_it_counts(tokens):
     mixer.requires_grad_(False)
     mixer(x)
     assert len(called) == 3
+
+
+def test_gates_on_a_gpu_are_not_waited_for(tokens):
+    """The host would stand still until the device has answered."""
+    mixer = glocal.build(f"{NAME}(padding=1)", DIM).double()
+    with torch.no_grad():
+        assert mixer._shut(tokens(1, 4, 5, DIM))
+        mixer.gate = None  # nobody may look at it
+        for device in ("cuda", "mps", "meta"):
+            assert not mixer._shut(SimpleNamespace(device=torch.device(device), is_meta=device == "meta"))
 
 
 @pytest.mark.parametrize("mode", MODES)

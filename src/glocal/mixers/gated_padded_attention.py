@@ -60,8 +60,8 @@ class GatedPaddedAttention(TokenMixer):
         are 0, q and k have no gradients; gates do.
 
     Cost: that of `position`, with (N + M)*C*K*D for queries and keys and N*M*K*D for scores. The fast path keeps
-    positions separable and takes the content from the library's kernel, N*E*K*(max(C, D) + C); without gradients and
-    with every gate at 0 it is `position` alone.
+    positions separable and takes the content from the library's kernel, N*E*K*(max(C, D) + C); on a CPU,
+    without gradients and with every gate at 0 it is `position` alone.
 
     Raises:
         ValueError: groups that do not divide both channel counts; "same" with a stride; a grid smaller than the kernel.
@@ -182,7 +182,7 @@ class GatedPaddedAttention(TokenMixer):
 
     def _shut(self, x: Tensor) -> bool:
         """Whether no content is let in and nobody asks for what the gates would have of it."""
-        if torch.compiler.is_compiling() or x.is_meta:
+        if torch.compiler.is_compiling() or x.device.type != "cpu":  # elsewhere the host would wait for the answer
             return False
         learning = any(p.requires_grad for p in (self.gate, self.q.weight, self.k.weight))
         return not (learning and torch.is_grad_enabled()) and not self.gate.any()
