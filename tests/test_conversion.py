@@ -23,6 +23,8 @@ FAULTS = {
         ("frozen weights learn", "mixer.requires_grad_(weight.requires_grad)", "pass"),
         ("places of frozen heads learn", "mixer.requires_grad_", "mixer.value.requires_grad_"),
         ("dilation is lost", '"dilation": part.dilation,', '"dilation": 1,'),
+        ("layers of one layer are ignored", 'if patterns != ["*"]:', "if False:"),
+        ("what is no module is asked for its parts", "if not isinstance(given, nn.Module):", "if False:"),
         ("hooks are lost in silence", "if part._forward_hooks or", "if"),
         ("hooks of gradients are lost", " or part._backward_pre_hooks:", ":"),
         ("parametrizations are lost", "if is_parametrized(part):", "if False:"),
@@ -43,6 +45,7 @@ FAULTS = {
         ("heads on one tap replace each other", ".index_add_(0,", ".index_copy_(0,"),
         ("heads are taken in their order", "taps[name], missed = _taps(_mixer(part), tolerance)",
          "taps[name], missed = _taps(_mixer(part), tolerance)\n        taps[name] = list(range(len(taps[name])))"),
+        ("heads nowhere are looked for", "if _mixer(part).value.is_meta:", "if False:"),
         ("any share passes", "elif not share <= tolerance:", "elif False:"),
         ("only the last axis counts", "kept = kept * most", "kept = most"),
         ("places off the kernel pass", "if place not in order:", "if False:"),
@@ -293,6 +296,28 @@ def test_autocast_rounds_what_comes_out_as_convolutions_do(kind):
 def test_shapes_may_be_asked_for_without_memory():
     found = glocal.to_attention(nn.Conv2d(4, 6, 3, stride=2, device="meta"))
     assert found(torch.empty(2, 4, 9, 8, device="meta")).shape == (2, 6, 4, 3)
+
+
+def test_the_way_back_needs_to_know_where_heads_sit():
+    layer = glocal.to_attention(nn.Conv2d(4, 6, 3, device="meta"))
+    with pytest.raises(ValueError, match=r"^attention: is on the meta device, .*\(to_empty\) and values first$"):
+        glocal.to_convolution(layer)
+    with pytest.raises(ValueError, match=r"^1: is on the meta device"):
+        glocal.to_convolution(nn.Sequential(nn.ReLU(), layer))
+
+
+@pytest.mark.parametrize("convert", [glocal.to_attention, glocal.to_convolution])
+@pytest.mark.parametrize("given", [5, None, "resnet18", [nn.Conv2d(3, 3, 1)]])
+def test_what_is_no_module_is_refused(convert, given):
+    with pytest.raises(ValueError, match=rf"^\w+: a {type(given).__name__}, must be a torch.nn.Module"):
+        convert(given)
+
+
+@pytest.mark.parametrize("layers", ["1", "", [], ["*", "1"]])
+def test_of_one_layer_none_are_chosen(layers):
+    with pytest.raises(ValueError, match=r"^layers: .*, this Conv2d is one layer; leave layers out$"):
+        glocal.to_attention(nn.Conv2d(3, 3, 1), layers=layers)
+    glocal.to_attention(nn.Conv2d(3, 3, 1), layers=["*"])
 
 
 def test_parts_of_other_operators_are_theirs():

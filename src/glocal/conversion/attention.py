@@ -84,7 +84,7 @@ def to_attention(
     Raises:
         ValueError: a transposed, 3-D or lazy convolution, one with a forward, hooks or a parametrization of its own,
             one that shares a parameter with another part, a causal one: named, and may be left out by `layers`; a
-            pattern that matches nothing.
+            pattern that matches nothing, or any where there is one layer; what is no module.
 
     Source: Cordonnier et al., On the Relationship between Self-Attention and Convolutional Layers, ICLR 2020,
     arXiv 1911.03584, theorem 1; gates: d'Ascoli et al., ConViT, ICML 2021, arXiv 2103.10697.
@@ -98,7 +98,10 @@ def to_attention(
     asked = positive("head_dim", _HEAD_DIM if head_dim is None else head_dim) if flag("gated", gated) else None
     make = partial(_attention, encoding=encoding, alpha=alpha, head_dim=asked)
     patterns = [layers] if isinstance(layers, str) else list(layers)
+    check_module("convolution", convolution)
     if is_convolution(convolution):
+        if patterns != ["*"]:
+            raise ValueError(f"layers: {layers!r}, this {type(convolution).__name__} is one layer; leave layers out")
         return _converted("", convolution, make).train(convolution.training)
     found = [name for name, _ in _named(convolution, is_convolution)]
     chosen = {name for name in found if any(fnmatchcase(name, pattern) for pattern in patterns)}
@@ -109,6 +112,12 @@ def to_attention(
         raise ValueError(f"layers: no convolution of this {type(convolution).__name__} matches {given}; {some}")
     _refuse_tied(convolution, chosen)
     return replaced(convolution, chosen, lambda name, part: _converted(name, part, make))
+
+
+def check_module(name: str, given: nn.Module) -> None:
+    """Refuses what is neither a layer nor a network."""
+    if not isinstance(given, nn.Module):
+        raise ValueError(f"{name}: a {type(given).__name__}, must be a torch.nn.Module: a layer, or a network")
 
 
 def is_convolution(part: nn.Module) -> bool:

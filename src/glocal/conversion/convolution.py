@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glocal.conversion.attention import ConvolutionAsAttention, replaced
+from glocal.conversion.attention import ConvolutionAsAttention, check_module, replaced
 from glocal.mixers import Convolution, DepthwiseConv, GatedPaddedAttention
 from glocal.mixers._grid import centre_padding
 from glocal.mixers._padded import PaddedAttention, kernel_of_heads
@@ -34,9 +34,10 @@ def to_convolution(attention: nn.Module, *, tolerance: float = 1e-4) -> nn.Modul
     Raises:
         ValueError: heads that do not sit on a tap: which, where they are, and by how much they miss it; heads whose
             gate is open: which, and how far; a mixer that ours are none of, such as one with an even kernel; nothing to
-            convert.
+            convert; parameters on the meta device.
     """
     positive_number("tolerance", tolerance)
+    check_module("attention", attention)
     if isinstance(attention, KINDS):
         found: dict[str, nn.Module] = {"": attention}
     else:
@@ -47,6 +48,11 @@ def to_convolution(attention: nn.Module, *, tolerance: float = 1e-4) -> nn.Modul
         raise ValueError(f"attention: this {type(attention).__name__} holds none that to_attention made")
     taps, said = {}, []
     for name, part in found.items():
+        if _mixer(part).value.is_meta:
+            raise ValueError(
+                f"{name or 'attention'}: is on the meta device, where no head sits anywhere; give its parameters "
+                "memory (to_empty) and values first"
+            )
         taps[name], missed = _taps(_mixer(part), tolerance)
         missed += _open(part, tolerance)
         said += [f"{name}: {each}" if name else each for each in missed]
