@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import glocal
 from glocal import cli
@@ -171,6 +172,24 @@ def test_a_model_of_which_nothing_can_be_seen_says_why():
     seen = types.SimpleNamespace(calls=[], refused={"blocks.0.attn": "normalises queries and keys"})
     with pytest.raises(UserError, match=r"nothing to show: blocks\.0\.attn normalises queries and keys"):
         _chosen(seen, ())
+
+
+def test_a_model_of_which_every_call_is_refused_says_why(tmp_path, monkeypatch, capsys):
+    """Its layers are ones that are read, but they were not given batches."""
+
+    class Alone(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3)
+
+        def forward(self, x):
+            return torch.stack([self.two(self.one(image)).mean((1, 2)) for image in x])
+
+    made_for = {"in_chans": 3, "img_size": 12}
+    models = types.SimpleNamespace(create_model=lambda name: Alone(), defaults=lambda name: made_for)
+    monkeypatch.setitem(sys.modules, "glocal.models", models)
+    assert explore(tmp_path, "alone")[0] == 2
+    assert "nothing to show: one was called with (3, 12, 12), which is no batch (and 1 more)" in one_line(capsys)
 
 
 @pytest.mark.parametrize("model", ["RUN", "--lesson"])

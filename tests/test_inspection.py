@@ -351,7 +351,7 @@ FAULTS = (
     ("the statistics that a call in training moves are taken for a change", "if not part.training:", "if True:"),
     (
         "a model that ran compiled gives an empty recording",
-        "if error is None and self._canonical and not self.calls:",
+        "if error is None and self._canonical and not called:",
         "if False:",
     ),
     ("a call without images cannot be looked at", "if output.numel() == 0:", "if False:"),

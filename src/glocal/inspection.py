@@ -220,7 +220,7 @@ class PartsCall(Call):
 class Inspection:
     """Calls recorded while `with inspect(model) as seen:` holds; iterate it, or index it by a module's name.
 
-    `refused` says by name why a module of another library is not among them.
+    `refused` says by name why a module of another library, or a call of one, is not among them.
     """
 
     def __init__(self, model: nn.Module, *, convolutions: bool = False) -> None:
@@ -262,7 +262,8 @@ class Inspection:
             hook.remove()
         self._hooks.clear()
         self._open.clear()
-        if error is None and self._canonical and not self.calls:
+        called = self.calls or self._canonical.keys() & self.refused.keys()  # a call may be refused
+        if error is None and self._canonical and not called:
             raise ValueError(
                 "inspect: no token mixer was called; run the model inside the block, and not through torch.compile, "
                 "where nothing can be seen"

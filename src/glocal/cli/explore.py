@@ -121,8 +121,9 @@ def _page(command: "ExploreCommand") -> tuple[str, str]:
 
 def _chosen(seen: "Inspection", patterns: Sequence[str]) -> list[Any]:
     if not seen.calls and seen.refused:
-        name, why = next(iter(seen.refused.items()))
-        raise UserError(f"nothing to show: {name} {why}")
+        (name, why), *others = seen.refused.items()
+        more = f" (and {len(others)} more)" if others else ""
+        raise UserError(f"nothing to show: {name} {why}{more}")
     if not seen.calls:
         raise UserError(
             "nothing to show: the model has no token mixer of this library, no attention of timm, torchvision or "
