@@ -25,6 +25,9 @@ FAULTS = (
     ("what is written says nothing of their width", "convert_head_dim=command.head_dim,", ""),
     ("a way back with gates is taken", "if command.back and (there", "if False and (there"),
     ("--back takes layers and converts all", '"--layers": command.layers is not None,', ""),
+    ("a width of 0 is named by its key", "command.head_dim is not None and command.head_dim < 1:", "False:"),
+    ("an alpha of 0 is named by its key", "if command.alpha is not None and not 0 <", "if False and not 0 <"),
+    ("timm asks for most of a minute", "    if pretrained and about and about.hf_hub_id:", "    if False:"),
     ("levels of grey are shares", "[255.0 * value for", "[value for"),
 )
 
@@ -113,6 +116,24 @@ def test_a_network_of_timms(tmp_path, monkeypatch, capsys):
     assert found.img_size == (160, 160) and len(found.classes) == 1000 and found.mean == pytest.approx([127.5] * 3)
 
 
+def test_weights_of_timms_that_cannot_be_had_are_asked_for_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    hub, asked = pytest.importorskip("huggingface_hub"), []
+
+    def ask(url):
+        asked.append(url)
+        raise ConnectionError("no way\nout")
+
+    monkeypatch.setattr(hub, "get_hf_file_metadata", ask)
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda repo, name: None)
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: pytest.fail("timm has asked"))
+    assert cli.main(["convert", "timm:test_resnet", "--pretrained"]) == 2
+    said = capsys.readouterr().err
+    assert said == "glocal convert: --pretrained: timm's weights of timm:test_resnet cannot be had: no way\n"
+    assert len(asked) == 1 and "timm/test_resnet" in asked[0]
+    assert not (tmp_path / "glocal-converted").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -120,12 +141,14 @@ def test_a_network_of_timms(tmp_path, monkeypatch, capsys):
         (["run", "--out", "run"], "--out: 'run' holds a network already; name another folder"),
         (["run", "--back"], "--back: run holds no converted network"),
         (["run", "--layers", "head"], "layers: no convolution of this Backbone matches 'head'; it has stem.conv1"),
-        (["run", "--alpha", "-1"], "alpha: -1"),
+        (["run", "--alpha", "-1"], "convert: --alpha: -1; it must be above 0"),
+        (["run", "--alpha", "nan"], "convert: --alpha: nan; it must be above 0"),
+        (["run", "--alpha", "inf"], "convert: --alpha: inf; it must be above 0"),
         (["run", "--pretrained"], "--pretrained: is for 'timm:NAME'"),
         (["timm:resnet1000"], "timm:resnet1000: timm has no such model"),
         (["run", "--encoding", "cubic"], "cubic"),
         (["run", "--head-dim", "4"], "--head-dim: no head has a gate; give --gated too"),
-        (["run", "--gated", "--head-dim", "0"], "head_dim: 0; it must be 1 or more"),
+        (["run", "--gated", "--head-dim", "0"], "convert: --head-dim: 0; it must be 1 or more"),
         (["run", "--back", "--gated"], "--gated: is of the way there, not of --back"),
         (["run", "--back", "--layers", "stem.*"], "--layers: is of the way there, not of --back"),
         (["run", "--back", "--alpha", "3"], "--alpha: is of the way there, not of --back"),

@@ -1,6 +1,7 @@
 """Weights of published models: from files, folders and the hub, all of them or none, and never a byte of code."""
 
 import pickle
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -20,6 +21,9 @@ FAULTS = (
     ("what is too much is dropped", "for name in found if name not in own), None)", "for name in ()), None)"),
     ("a typing error is sought on the hub", 'path.suffix in (".safetensors", ".pt"', 'path.suffix in (".pt"'),
     ("the hub's second file is never asked for", "            continue\n", "            break\n"),
+    ("the hub's own library asks again and again", "            ask_hub(repo, name)\n", ""),
+    ("what is on this machine is asked for", "if any(isinstance(try_to", "if False and any(isinstance(try_to"),
+    ("a refusal is no answer", "with suppress(HfHubHTTPError):", "with suppress(KeyError):"),
     ("what the hub says is a traceback", "except Exception as error:  # no", "except KeyError as error:  # no"),
     (
         "the file that pickles comes first",
@@ -144,6 +148,7 @@ def test_the_hub(tmp_path, weights, monkeypatch):
         return str(tmp_path / name)
 
     monkeypatch.setattr(hub, "hf_hub_download", download)
+    monkeypatch.setattr(hub, "get_hf_file_metadata", lambda url: None)
     loads("someone/all-attention.v1", weights)
     assert asked[0] == ("someone/all-attention.v1", "model.safetensors") and asked[-1][1] == "pytorch_model.bin"
     with pytest.raises(
@@ -152,3 +157,29 @@ def test_the_hub(tmp_path, weights, monkeypatch):
         glocal.create_model(NAME, "someone/none", **SMALL)
     with pytest.raises(CheckpointError, match=r"^pretrained: 'someone/offline' cannot be downloaded: no network$"):
         glocal.create_model(NAME, "someone/offline", **SMALL)
+
+
+def test_a_hub_that_is_not_there_is_asked_once(weights, tmp_path, monkeypatch):
+    """Its own library would ask again and again; what it refuses is an answer, what is here is not asked for."""
+    hub = pytest.importorskip("huggingface_hub")
+    errors = pytest.importorskip("huggingface_hub.errors")
+    asked, here, says = [], tmp_path / "w.safetensors", ConnectionError("no way\nout")
+    save_file(weights, here)
+
+    def ask(url):
+        asked.append(url)
+        raise says
+
+    monkeypatch.setattr(hub, "get_hf_file_metadata", ask)
+    monkeypatch.setattr(hub, "hf_hub_download", lambda repo, name: pytest.fail("asked again") if asked else str(here))
+    with pytest.raises(CheckpointError, match=r"^pretrained: 'someone/model' cannot be downloaded: no way$"):
+        glocal.create_model(NAME, "someone/model", **SMALL)
+    assert len(asked) == 1 and asked.pop().endswith("someone/model/resolve/main/model.safetensors")
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda repo, name: str(here))
+    loads("someone/model", weights)
+    assert not asked
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda repo, name: None)
+    monkeypatch.setattr(hub, "hf_hub_download", lambda repo, name: str(here))
+    says = errors.HfHubHTTPError("401", response=MagicMock())
+    loads("someone/model", weights)
+    assert len(asked) == 1

@@ -1,8 +1,9 @@
 """The command that turns convolutions into attention, and back."""
 
 import json
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from glocal.cli.parsing import UserError, parse, said_in_one_line
 
@@ -33,6 +34,10 @@ def convert_command(name: str, arguments: Sequence[str]) -> int:
             raise UserError(f"{there[0]}: is of the way there, not of --back, which takes all back; leave it out")
         if command.head_dim is not None and not command.gated:
             raise UserError("--head-dim: no head has a gate; give --gated too, or leave it out")
+        if command.head_dim is not None and command.head_dim < 1:
+            raise UserError(f"--head-dim: {command.head_dim}; it must be 1 or more")
+        if command.alpha is not None and not 0 < command.alpha < math.inf:
+            raise UserError(f"--alpha: {command.alpha:g}; it must be above 0")
         network = _network(command)
         config = network.config.model
         if command.back:
@@ -115,16 +120,35 @@ def _of_timm(name: str, pretrained: bool) -> "Trained":
     about = timm.get_pretrained_cfg(short, allow_unregistered=True) if timm.is_model(short) else None
     chans, *size = about.input_size if about else (3, 224, 224)
     img_size, count = (size[0], size[1]), (about and about.num_classes) or 1000
+    if pretrained and about and about.hf_hub_id:
+        _ask_hub(name, about)
     model = build_model(config, in_chans=chans, num_classes=count, img_size=img_size, seed=0)
     if pretrained:
         try:
             model.load_state_dict(timm.create_model(short, pretrained=True).state_dict())
         except Exception as error:  # of the network, the hub or timm
-            first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise UserError(f"--pretrained: timm's weights of {name} cannot be had: {first}") from error
+            raise _not_had(name, error) from error
     mean, deviation = (about.mean, about.std) if about else ((0.5,) * chans, (0.5,) * chans)
     levels = [[255.0 * value for value in values] for values in (mean, deviation)]  # of grey, 0 to 255
     return Trained(model.eval(), RunConfig(model=config), tuple(map(str, range(count))), chans, img_size, *levels)
+
+
+def _ask_hub(name: str, about: Any) -> None:
+    """Refuses at once where there is no way to timm's weights; they may be on this machine already."""
+    from glocal.models.pretrained import FILES, ask_hub
+
+    try:
+        ask_hub(about.hf_hub_id, about.hf_hub_filename or FILES[0], *FILES)
+    except ImportError:
+        return  # timm knows other ways, or says so
+    except Exception as error:
+        raise _not_had(name, error) from error
+
+
+def _not_had(name: str, error: Exception) -> UserError:
+    from glocal.models.pretrained import first_line
+
+    return UserError(f"--pretrained: timm's weights of {name} cannot be had: {first_line(error)}")
 
 
 def _save(network: "Trained", out: "Path") -> None:

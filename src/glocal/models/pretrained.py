@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from glocal.checkpoint import CheckpointError, load_weights
 
-_FILES = ("model.safetensors", "weights.safetensors", "pytorch_model.bin")  # in a folder or a hub's repository
+FILES = ("model.safetensors", "weights.safetensors", "pytorch_model.bin")  # in a folder or a hub's repository
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -63,9 +64,9 @@ def weights_file(where: str | Path) -> Path:
     if path.is_file():
         return path
     if path.is_dir():
-        found = next((path / name for name in _FILES if (path / name).is_file()), None)
+        found = next((path / name for name in FILES if (path / name).is_file()), None)
         if found is None:
-            raise CheckpointError(f"pretrained: {path} holds none of {', '.join(_FILES)}; name the file")
+            raise CheckpointError(f"pretrained: {path} holds none of {', '.join(FILES)}; name the file")
         return found
     # what ends as a file of weights does is a path with a typing error
     if path.suffix in (".safetensors", ".pt", ".pth", ".bin", ".ckpt") or not _HUB_ID.fullmatch(str(where)):
@@ -81,17 +82,36 @@ def _from_hub(repo: str) -> Path:
         raise CheckpointError(
             f"pretrained: {repo!r} is no path, and huggingface_hub is not installed; run: pip install huggingface-hub"
         ) from None
-    for name in _FILES:
+    for name in FILES:
         try:
+            ask_hub(repo, name)
             return Path(hf_hub_download(repo, name))
         except EntryNotFoundError:
             continue
         except Exception as error:  # no network, no such repository, none of ours to read
-            raise CheckpointError(f"pretrained: {repo!r} cannot be downloaded: {_first_line(error)}") from error
-    raise CheckpointError(f"pretrained: {repo!r} on the hub holds none of {', '.join(_FILES)}")
+            raise CheckpointError(f"pretrained: {repo!r} cannot be downloaded: {first_line(error)}") from error
+    raise CheckpointError(f"pretrained: {repo!r} on the hub holds none of {', '.join(FILES)}")
 
 
-def _first_line(error: Exception) -> str:
+def ask_hub(repo: str, *names: str) -> None:
+    """Asks the hub once whether it is there, unless one of these files is on this machine.
+
+    A download by the hub's own library asks again and again, for most of a minute.
+
+    Raises:
+        Exception: of the network: there is no way to the hub.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if any(isinstance(try_to_load_from_cache(repo, name), str) for name in names):
+        return
+    with suppress(HfHubHTTPError):  # an answer, too
+        get_hf_file_metadata(hf_hub_url(repo, names[0]))
+
+
+def first_line(error: Exception) -> str:
+    """What an error says in one line; its name where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
