@@ -97,6 +97,26 @@ def test_num_heads_and_head_dim_must_agree():
 
 
 @pytest.mark.parametrize(
+    ("x", "words"),
+    [
+        (None, "x is a NoneType"),
+        ([[[1.0] * 8]], "x is a list"),
+        (torch.zeros(2, 5, 4, 8).numpy(), "x is a ndarray"),
+        (torch.zeros(2, 5, 4, 8).long(), "x has dtype torch.int64"),
+        (torch.zeros(2, 5, 4, 8).bool(), "x has dtype torch.bool"),
+        (torch.zeros(2, 5, 4, 8, dtype=torch.complex64), "x has dtype torch.complex64"),
+    ],
+)
+def test_what_is_no_tensor_of_numbers_is_refused(x, words):
+    m = mixer()
+    for path in (m, m.weights):
+        with pytest.raises(ValueError, match=f"^[A-Za-z]+: {words}, needs a torch.Tensor of floating-point numbers"):
+            path(x)
+    with pytest.raises(ValueError, match=r"source has dtype torch\.int64, needs"):
+        m(X, source=torch.zeros(2, 5, 8).long())
+
+
+@pytest.mark.parametrize(
     ("given", "words"),
     [
         (7, r"7, must name every axis, as in \(7, 7\) for images or \(7,\) for sequences"),
@@ -131,6 +151,11 @@ FAULTS = {
             "a flat `valid` is refused where x is none",
             "or tuple(valid.shape) not in (tokens, flat):",
             "or tuple(valid.shape) != tokens:",
+        ),
+        (
+            "whole numbers are tokens",
+            "if not isinstance(tokens, Tensor) or not tokens.is_floating_point():",
+            "if not isinstance(tokens, Tensor):",
         ),
         ("one number is a grid", "if isinstance(value, int):\n        raise", "if False:\n        raise"),
         (

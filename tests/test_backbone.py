@@ -290,10 +290,39 @@ def test_rank_and_img_size_agree():
         backbone("T", rank=3)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"layout": 5}, "layout 5: must be text"),
+        ({"num_classes": -1}, "num_classes: -1, must be a positive whole number"),
+        ({"num_classes": 2.5}, "num_classes: 2.5"),
+        ({"in_chans": 0}, "in_chans: 0"),
+        ({"img_size": "32"}, "img_size is 32; it must be"),
+        ({"img_size": (8, 2.5)}, r"img_size is \(8, 2.5\); it must be"),
+    ],
+)
+def test_what_makes_no_network_is_refused(options, words):
+    with pytest.raises(ValueError, match=f"^{words}"):
+        backbone(**options)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 24, 24), (2, 1, 0, 24), (2, 1, 24, 0)])
+def test_images_that_are_none_are_refused(shape):
+    for call in (backbone("T"), backbone("T").features):
+        with pytest.raises(ValueError, match=r"^x has shape .*; this network takes 1 channels of a pixel or more$"):
+            call(torch.zeros(shape))
+
+
 # planted by scripts/mutate
 FAULTS = {
     "backbone.py": (
         ("the MLP ratio passes convolution blocks by", '{"expand_ratio": mlp_ratio, "rank"', '{"rank"'),
+        (
+            "other channels are torch's to refuse",
+            "if x.shape[1] != self.conv1.in_channels or 0 in",
+            "if 0 in",
+        ),
+        ("sizes may be any numbers", "whole = all(isinstance(n, int) and n >= 1 for n in grid)", "whole = True"),
         ("every block drops at the full rate", '"drop_path": next(rates)}', '"drop_path": drop_path}'),
         ("operators keep their positions", 'context["position_bias"] = False', "pass"),
         (

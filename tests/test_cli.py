@@ -9,6 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -97,7 +98,20 @@ COMMANDS = "compare, train, evaluate, predict, explore, recall, convert, check-d
         (["train", "--config", "wrong.yaml"], "--config: wrong.yaml: train.lrr: unknown; did you mean 'train.lr'?"),
         (["train", "--data", "numbers", "--out", "numbers"], "--out: 'numbers' holds something else; name another"),
         (["train", "--data", "numbers", "--epochs", "0"], "epochs: 0; it must be at least 1"),
-        (["train", "--data", "numbers", "--batch-size", "-4"], "batch_size: -4; it must be at least 1"),
+        (
+            ["train", "--data", "numbers", "--batch-size", "-4"],
+            "glocal train: --batch-size: -4; it must be at least 1",
+        ),
+        (["train", "--data", "numbers", "--fold", "3"], "glocal train: --fold: 3; it must be"),
+        (["train", "--seed", "-1"], "glocal train: --seed: -1; it must be"),
+        (["train", "--img-size", "8"], "glocal train: --img-size: cannot read '8'; it takes INT INT; see --help"),
+        (["train", "--data", "numbers", "--out", "taken"], "glocal train: --out: 'taken' is a file; name a folder"),
+        (["train", "--data", "numbers", "--out", "taken/run"], "glocal train: --out: 'taken' is a file; name a folder"),
+        (["convert", "nowhere", "--out", "taken"], "glocal convert: --out: 'taken' is a file; name a folder"),
+        (["recall", "--out", "taken/run"], "glocal recall: --out: 'taken' is a file; name a folder"),
+        (["explore", "vit_tiny", "--seed", "-1"], "glocal explore: --seed: -1; it must be 0 or more and below 2**63"),
+        (["explore", "vit_tiny", "--seed", f"{2**63}"], "it must be 0 or more and below 2**63"),
+        (["explain-path", "SelfAttention", "--shape", "1", "9999999", "9999999", "32"], "x32 takes 11,920,"),
         (["evaluate"], "glocal evaluate: "),
         (["evaluate", "nowhere"], "nowhere: no trained network; give the folder of a run, or its weights.safetensors"),
         (["predict", "nowhere", "x.png"], "nowhere: no trained network"),
@@ -132,6 +146,38 @@ def test_a_file_that_is_no_image_is_named(data, capsys):
     (data / "images" / "b" / "notes.txt").write_text("not an image")
     line = mistake(capsys, "compare", "--data", "images")
     assert "images/b/notes.txt: not an image that can be read; remove or replace it" in line
+
+
+def test_what_is_kept_is_said_where_it_is(data, capsys):
+    """Not of a folder that could not be made."""
+    line = mistake(capsys, "train", "--data", "numbers", "--out", "/proc/none")
+    assert "No such file" in line and "kept" not in line
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["explain-path", "own.py:Own()", "--shape", "1", "4", "4", "8"],
+        ["train", "--data", "numbers", "--layout", "C-own.py:Own()"],
+        ["compare", "--data", "numbers", "--mixers", "own.py:Own()"],
+    ],
+)
+def test_an_error_in_a_users_file_is_one_line(data, capsys, arguments):
+    text = """
+    import glocal
+
+    class Own(glocal.TokenMixer):
+        def __init__(self, dim):
+            super().__init__(dim)
+
+        def values(self, source):
+            return source.flatten(1, -2).unsqueeze(2)
+
+        def weights(self, x):
+            return {}["missing"]
+    """
+    (data / "own.py").write_text(textwrap.dedent(text))
+    assert "own.py, line 12: KeyError: 'missing'" in mistake(capsys, *arguments)
 
 
 def test_missing_extras_are_named(data, capsys, monkeypatch):
@@ -322,3 +368,23 @@ def test_nothing_is_left_behind(data, monkeypatch, with_signal):
             == "glocal compare: interrupted; finished runs are kept in 'glocal-compare'; the same command continues"
         )
         assert "Traceback" not in error
+
+
+# planted by scripts/mutate
+FAULTS = {
+    ("cli/parsing.py", "test_cli.py -k='mistake or kept or users_file'"): (
+        ("what could not be made is kept", "if kept and out is not None and out.is_dir()", "if kept"),
+        ("an error in a user's file is a traceback", "if (said := in_a_users_file(error)) is None:", "if True:"),
+        ("options have the names of a configuration", 'r"^run(?:', 'r"^ran(?:'),
+        ("a wrong number of values is told by types", 'r"no type matching', 'r"no kind matching'),
+    ),
+    ("checkpoint.py", "test_cli.py -k=mistake"): (
+        ("a file in the way is found too late", "if blocked is not None:", "if False:"),
+    ),
+    ("cli/explore.py", "test_cli.py -k=mistake"): (
+        ("any seed is taken", "if not 0 <= command.seed < 2**63:", "if False:"),
+    ),
+    ("cli/operators.py", "test_cli.py -k=mistake"): (
+        ("a shape that does not fit is a traceback", "except RuntimeError:", "except KeyError:"),
+    ),
+}

@@ -152,6 +152,12 @@ def test_a_moved_buffer_is_named():
         seen.calls[0].weights()
 
 
+@pytest.mark.parametrize("given", [5, None, "resnet18"])
+def test_what_is_no_module_is_refused(given):
+    with pytest.raises(ValueError, match=f"^inspect: a {type(given).__name__}, must be a torch.nn.Module$"):
+        glocal.inspect(given)
+
+
 def test_an_output_changed_in_place_is_refused():
     mixer = glocal.build("AveragePooling()", 8)
     with glocal.inspect(mixer) as seen:

@@ -4,11 +4,12 @@ import os
 import textwrap
 
 import pytest
+import torch
 from torch import nn
 
 import glocal
 from glocal import contract, mixers
-from glocal.spec import available, build
+from glocal.spec import available, build, in_a_users_file
 
 SHIFT = """
     import torch
@@ -150,6 +151,40 @@ def test_a_file_without_the_operator(user_file):
         build(f"{user_file}:Lefft", 8)
 
 
+def test_of_a_file_its_own_operators_are_named(user_file):
+    with pytest.raises(ValueError, match=r"unknown operator 'Zzz'; Valid: Both, Left$"):
+        build(f"{user_file}:Zzz", 8)
+    with pytest.raises(ValueError, match="did you mean 'SelfAttention'"):
+        build(f"{user_file}:Both(first=SelfAtention(num_heads=1))", 8)
+    for text in (str(user_file), f"{user_file}:"):
+        with pytest.raises(ValueError, match=r"names a file and nothing in it; write it as \S+my_ops\.py:Name\("):
+            build(text, 8)
+
+
+def test_an_abstract_operator_says_what_it_lacks(user_file):
+    user_file.write_text(user_file.read_text().replace("def weights", "def wieghts"))
+    with pytest.raises(ValueError, match=r"my_ops\.py:Left' cannot be built: .* abstract .*weights"):
+        build(f"{user_file}:Left", 8)
+
+
+@pytest.mark.parametrize("given", [5, None, ["SelfAttention"], torch.nn.Linear])
+def test_what_is_no_text_is_refused(given):
+    for call in (lambda: build(given, 8), lambda: glocal.create_model(given)):
+        with pytest.raises(ValueError, match=r"^spec: .*, must be text such as 'Name\(argument=value, ...\)'$"):
+            call()
+
+
+def test_an_error_is_found_in_a_users_file(user_file):
+    user_file.write_text(user_file.read_text().replace("n = x.shape[1]", "n = x.shape[1] / 0"))
+    line = user_file.read_text()[: user_file.read_text().index("/ 0")].count("\n") + 1
+    with pytest.raises(ZeroDivisionError) as raised:
+        build(f"{user_file}:Left", 8)(torch.zeros(1, 4, 8))
+    assert in_a_users_file(raised.value) == f"{user_file}, line {line}: ZeroDivisionError: division by zero"
+    with pytest.raises(ZeroDivisionError) as raised:
+        1 / 0  # noqa: B018
+    assert in_a_users_file(raised.value) is None
+
+
 def test_repr_of_a_users_operator_builds(user_file):
     mixer = build(f"{user_file}:Left(step=2)", 8)
     again = build(repr(mixer), 8)
@@ -161,6 +196,9 @@ def test_a_users_file_that_cannot_be_loaded(tmp_path):
     path = tmp_path / "broken.py"
     path.write_text("import torch\n1 / 0\n")
     with pytest.raises(ValueError, match=r"broken.py, line 2: ZeroDivisionError"):
+        build(f"{path}:Left", 8)
+    path.write_bytes(b"a = 1\0\n")
+    with pytest.raises(ValueError, match=r"broken.py(, line \d)?: SyntaxError"):
         build(f"{path}:Left", 8)
     path.write_text("def (\n")
     with pytest.raises(ValueError, match=r"broken.py, line 1: SyntaxError"):
@@ -212,6 +250,11 @@ FAULTS = {
             "        ours = {name: getattr(mixers, name) for name in available()}\n"
             "        return _build(node, text, dim, ours, context)\n    return _literal",
         ),
+        ("of a file all operators are named", "if each not in available()]", "]"),
+        ("abstract operators of a file are unknown", "if _is_module(n, v) and v.", "if _is_operator(n, v) and v."),
+        ("errors of any file are a user's", "if frame.filename in files:", "if frame.filename:"),
+        ("the first frame of a file is named", "for frame in reversed(traceback", "for frame in (traceback"),
+        ("anything has a name", "if not isinstance(spec, str):", "if False:"),
         ("the nearest name is the first one", "lower[close[0]]", "valid[0]"),
     ),
     "arguments.py": (

@@ -113,6 +113,9 @@ def given(**call: Any) -> dict[str, Any]:
 
 def check_tokens(mixer: str, name: str, tokens: Tensor, dim: int, width: str = "dim") -> None:
     """Tokens [B, *grid, dim], at least one in every image."""
+    if not isinstance(tokens, Tensor) or not tokens.is_floating_point():
+        given = f"has dtype {tokens.dtype}" if isinstance(tokens, Tensor) else f"is a {type(tokens).__name__}"
+        raise ValueError(f"{mixer}: {name} {given}, needs a torch.Tensor of floating-point numbers, [B, *grid, {dim}]")
     if tokens.dim() < 3:
         raise ValueError(f"{mixer}: {name} has shape {tuple(tokens.shape)}, needs [B, *grid, {dim}]")
     if tokens.shape[-1] != dim:

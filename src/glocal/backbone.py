@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from glocal.arguments import check_valid
+from glocal.arguments import check_valid, positive
 from glocal.blocks import Block, MBConv, mean_of, normed, strided
 from glocal.operator import undecayed_parts
 from glocal.spec import available, build
@@ -32,6 +32,8 @@ def parse_layout(text: str) -> tuple[str, ...]:
         ValueError: An entry is empty, or is neither a letter nor the name of an operator; the message names the
             nearest valid one.
     """
+    if not isinstance(text, str):
+        raise ValueError(f"layout {text!r}: must be text, one entry for every stage, as in C-C-T-T")
     entries, depth, quote, start = [], 0, "", 0
     for i, character in enumerate(text):
         if quote:
@@ -164,8 +166,10 @@ class Backbone(nn.Module):
         entries = parse_layout(layout)
         if rank not in (None, 1, 2):
             raise ValueError(f"rank is {rank}; it must be 2 (images) or 1 (signals)")
+        positive("in_chans", in_chans), positive("num_classes", num_classes)
         grid = (img_size,) * (rank or 2) if isinstance(img_size, int) else tuple(img_size)
-        if len(grid) not in (1, 2) or min(grid) < 1 or len(grid) != (rank or len(grid)):
+        whole = all(isinstance(n, int) and n >= 1 for n in grid)
+        if len(grid) not in (1, 2) or not whole or len(grid) != (rank or len(grid)):
             raise ValueError(f"img_size is {img_size}; it must be (height, width) or, for signals, (length,)")
         dims = default_dims(len(entries)) if dims is None else tuple(dims)
         depths = (1,) * len(entries) if depths is None else tuple(depths)
@@ -299,6 +303,10 @@ class Stem(nn.Module):
         if x.ndim != self.rank + 2:
             needed = "signals [B, C, T]" if self.rank == 1 else "images [B, C, H, W]"
             raise ValueError(f"x has shape {tuple(x.shape)}; this network takes {needed}: see img_size")
+        if x.shape[1] != self.conv1.in_channels or 0 in x.shape[2:]:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}; this network takes {self.conv1.in_channels} channels of a pixel or more"
+            )
         x = x if valid is None else x.masked_fill(~valid[:, None], 0)  # the convolution's own padding
         valid = strided(valid, 2)
         x = x[:, :, None] if self.rank == 1 else x

@@ -30,6 +30,17 @@ class CheckpointError(ValueError):
     """A file of weights cannot be read, or belongs to something else; the message says which and why."""
 
 
+def check_folder(out: Path) -> None:
+    """Refuses what cannot be a folder, before anything is computed.
+
+    Raises:
+        ValueError: `out` is a file, or lies in one.
+    """
+    blocked = next((path for path in (out, *out.parents) if path.exists() and not path.is_dir()), None)
+    if blocked is not None:
+        raise ValueError(f"--out: {str(blocked)!r} is a file; name a folder")
+
+
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Keeps other processes that ask the same out of a folder; it is free again however this process ends.

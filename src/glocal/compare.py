@@ -21,7 +21,7 @@ import torch
 import glocal
 from glocal.backbone import parse_layout
 from glocal.candidates import Networks, entries
-from glocal.checkpoint import CheckpointError, alone_in, load_weights, write_text
+from glocal.checkpoint import CheckpointError, alone_in, check_folder, load_weights, write_text
 from glocal.config import CompareConfig, RunConfig
 from glocal.data import PROBES, ImageData, load
 from glocal.data.splits import fold
@@ -78,9 +78,7 @@ def check(config: CompareConfig) -> None:
         )
     entries(config)
     out = config.out
-    blocked = next((path for path in (out, *out.parents) if path.exists() and not path.is_dir()), None)
-    if blocked is not None:
-        raise ValueError(f"--out: {str(blocked)!r} is a file; name a folder")
+    check_folder(out)
     for source in (*config.data, *([config.then] if config.then else [])):
         if source not in EMBEDDED and out.resolve().is_relative_to(Path(source).resolve()):
             # It would be taken for a class of images the next time.

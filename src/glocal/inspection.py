@@ -345,8 +345,10 @@ def inspect(model: nn.Module, *, convolutions: bool = False) -> Inspection:
     Memory: the mixers' inputs and outputs are kept alive until the recording is dropped; nothing is copied.
 
     Raises:
-        ValueError: a part of the model is compiled (named), on entering the `with` block.
+        ValueError: what is no module; a part of the model is compiled (named), on entering the `with` block.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"inspect: a {type(model).__name__}, must be a torch.nn.Module")
     return Inspection(model, convolutions=convolutions)
 
 

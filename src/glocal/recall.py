@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import glocal
 from glocal.blocks import Block
-from glocal.checkpoint import alone_in, write_text
+from glocal.checkpoint import alone_in, check_folder, write_text
 from glocal.config import RecallCommand
 from glocal.data.recall_sequences import VALUES, VOCABULARY, recall_sequences
 from glocal.progress import Progress
@@ -195,8 +195,7 @@ def _quiet_worker() -> None:
 
 def _checked(config: RecallCommand) -> tuple[str, ...]:
     existing = config.out / "results.json"
-    if config.out.exists() and not config.out.is_dir():
-        raise ValueError(f"--out: {str(config.out)!r} is a file; name a folder")
+    check_folder(config.out)
     if existing.exists() and "recall" not in existing.read_text("utf-8", errors="replace")[:40]:
         raise ValueError(f"--out: {str(existing)!r} is not a result of glocal recall; name another folder")
     for name, least in (("seeds", 1), ("steps", 10), ("length", 8)):

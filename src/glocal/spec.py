@@ -21,6 +21,7 @@ from torch import nn
 
 from glocal import mixers
 
+_USER = "glocal_user_"  # how the modules of users' files are named
 _OF_A_FILE = re.compile(r"(?P<path>[^()'\"]+\.py):(?P<call>.*)", re.DOTALL)
 
 
@@ -45,10 +46,17 @@ def build(spec: str | nn.Module, dim: int | None = None, **context: Any) -> nn.M
     """
     if isinstance(spec, nn.Module):
         return spec
-    text = spec.strip()
+    text = _text(spec).strip()
+    if text.endswith((".py", ".py:")):
+        path = text.removesuffix(":")
+        raise ValueError(f"spec: {text!r} names a file and nothing in it; write it as {path}:Name(argument=value, ...)")
     of_a_file = _OF_A_FILE.fullmatch(text)
     operators = _operators_of(of_a_file["path"]) if of_a_file else {name: getattr(mixers, name) for name in available()}
-    return _build(_parsed(of_a_file["call"] if of_a_file else text, text), text, dim, operators, context)
+    node = _parsed(of_a_file["call"] if of_a_file else text, text)
+    if of_a_file and (name := _name_and_keywords(node, text)[0]) not in operators:
+        own = [each for each in operators if each not in available()]
+        raise ValueError(f"spec: {text!r} names an unknown operator {name!r}; {nearest(name, own)}")
+    return _build(node, text, dim, operators, context)
 
 
 def name_and_literals(text: str) -> tuple[str, dict[str, Any]]:
@@ -57,7 +65,7 @@ def name_and_literals(text: str) -> tuple[str, dict[str, Any]]:
     Raises:
         ValueError: it cannot be read, or a value is no literal.
     """
-    text = text.strip()
+    text = _text(text).strip()
     name, keywords = _name_and_keywords(_parsed(text, text), text, "a name")
     return name, {key: _literal(value, text) for key, value in keywords.items()}
 
@@ -69,6 +77,21 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)
     meant = f"did you mean {lower[close[0]]!r}? " if close else ""
     return f"{meant}Valid: {', '.join(valid) or 'none'}"
+
+
+def in_a_users_file(error: BaseException) -> str | None:
+    """What an error says and where it left a file that `build` has loaded, in one line; None: it came through none."""
+    files = {getattr(module, "__file__", None) for name, module in sys.modules.items() if name.startswith(_USER)}
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if frame.filename in files:
+            return f"{frame.filename}, line {frame.lineno}: {type(error).__name__}: {error}"
+    return None
+
+
+def _text(spec: str) -> str:
+    if not isinstance(spec, str):
+        raise ValueError(f"spec: {spec!r}, must be text such as 'Name(argument=value, ...)'")
+    return spec
 
 
 def _parsed(call: str, text: str) -> ast.expr:
@@ -151,7 +174,7 @@ def _operators_of(path: str) -> dict[str, type]:
 @cache
 def _classes_of(file: Path, changed_at: int, path: str) -> dict[str, type]:
     """The classes of a file as it was at a time; run once, not once for each operator built."""
-    name = f"glocal_user_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
+    name = f"{_USER}{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
     module_spec = importlib.util.spec_from_file_location(name, file)
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
@@ -163,17 +186,18 @@ def _classes_of(file: Path, changed_at: int, path: str) -> dict[str, type]:
             (f.lineno for f in reversed(traceback.extract_tb(error.__traceback__)) if f.filename == str(file)), None
         )
         line = error.lineno if isinstance(error, SyntaxError) else line
-        raise ValueError(f"{path}, line {line}: {type(error).__name__}: {error}; the file cannot be loaded") from error
-    own = {n: v for n, v in vars(module).items() if _is_operator(n, v) and v.__module__ == name}
+        where = path if line is None else f"{path}, line {line}"
+        raise ValueError(f"{where}: {type(error).__name__}: {error}; the file cannot be loaded") from error
+    # abstract ones too: building them says what they lack
+    own = {n: v for n, v in vars(module).items() if _is_module(n, v) and v.__module__ == name}
     for operator in own.values():
         operator.defined_in = f"{path}:"
     return own
 
 
+def _is_module(name: str, value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, nn.Module) and not name.startswith("_")
+
+
 def _is_operator(name: str, value: Any) -> bool:
-    return (
-        isinstance(value, type)
-        and issubclass(value, nn.Module)
-        and not name.startswith("_")
-        and not inspect.isabstract(value)
-    )
+    return _is_module(name, value) and not inspect.isabstract(value)

@@ -25,9 +25,11 @@ def convert_command(name: str, arguments: Sequence[str]) -> int:
 
     import torch
 
+    from glocal.checkpoint import check_folder
     from glocal.conversion import compare_conversion, to_attention, to_convolution
 
     with said_in_one_line(name):
+        check_folder(command.out)
         if (command.out / "weights.safetensors").exists():
             raise UserError(f"--out: {str(command.out)!r} holds a network already; name another folder")
         if command.back and (there := _of_the_way_there(command)):

@@ -59,6 +59,8 @@ def explore_command(name: str, arguments: Sequence[str]) -> int:
 
     with said_in_one_line(name):
         _check_out(command.out)
+        if not 0 <= command.seed < 2**63:
+            raise UserError(f"--seed: {command.seed}; it must be 0 or more and below 2**63")
         if command.lesson and command.model is not None:
             raise UserError(f"--lesson is a page without a model; leave out {command.model}, or --lesson")
         page, said = (_lesson(), "") if command.lesson else _page(command)

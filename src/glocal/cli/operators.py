@@ -97,7 +97,11 @@ def explain_path_command(name: str, arguments: Sequence[str]) -> int:
             print(f"{mixer!r}: an ordinary module: there is one way to compute it")
             return 0
         mixer.impl = command.impl
-        x = torch.zeros(*command.shape, dtype=dtype)
+        try:
+            x = torch.zeros(*command.shape, dtype=dtype)
+        except RuntimeError:
+            size = math.prod(command.shape) * dtype.itemsize / 2**30
+            raise UserError(f"--shape: {_grid(command.shape)} takes {size:,.0f} GiB, more than there is") from None
         reason = mixer.unsupported(x, **mixer.besides(x))
         kernels = _kernels(mixer, x[:1]) if reason is None and command.impl != "reference" else []
         x = x.to("meta")  # shapes are all that is asked for

@@ -4,6 +4,7 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 
@@ -16,8 +17,8 @@ class CommandFailed(Exception):
 
 
 @contextmanager
-def said_in_one_line(name: str, kept: str = "") -> Iterator[None]:
-    """Turns what can go wrong in a command into one line, and Ctrl-C into what is kept."""
+def said_in_one_line(name: str, kept: str = "", out: Path | None = None) -> Iterator[None]:
+    """Turns what can go wrong in a command into one line, and Ctrl-C into what is kept, if `out` is there by then."""
     from glocal.running import RunFailed
 
     try:
@@ -27,10 +28,20 @@ def said_in_one_line(name: str, kept: str = "") -> Iterator[None]:
     except (RunFailed, FloatingPointError) as error:
         raise CommandFailed(error) from error
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; {kept}" if kept else "interrupted") from None
+        raise KeyboardInterrupt(f"interrupted{_kept(kept, out)}") from None
     except OSError as error:
         what = f"{error.filename}: {error.strerror or error}" if error.filename else f"{error.strerror or error}"
-        raise UserError(f"{what}; {kept}" if kept else what) from error
+        raise UserError(f"{what}{_kept(kept, out)}") from error
+    except Exception as error:
+        from glocal.spec import in_a_users_file
+
+        if (said := in_a_users_file(error)) is None:
+            raise
+        raise UserError(f"{said}{_kept(kept, out)}") from error
+
+
+def _kept(kept: str, out: Path | None) -> str:
+    return f"; {kept}" if kept and out is not None and out.is_dir() else ""
 
 
 def parse(config: type, name: str, arguments: Sequence[str], default: Any = None) -> Any:
@@ -103,7 +114,14 @@ def _complain(box: str) -> NoReturn:
     message = " ".join(text) or " ".join(lines)
     message = re.sub(r"invalid literal for int\(\) with base 10: ('.*')", r"\1 is not a whole number", message)
     message = re.sub(r"Could not find valid parse for arguments: \[(.*?)\]", r"cannot read \1", message)
+    message = re.sub(
+        r"no type matching (?:\{None\}\|)?\{?(.*?)\}? could be instantiated from \[(.*?)\]\. .*",
+        r"cannot read \2; it takes \1",
+        message,
+    )
     message = message.replace("Error parsing ", "").replace("Unrecognized options:", "not expected here:")
+    # what a part of a configuration refuses comes with the part's name, and with its own
+    message = re.sub(r"^run(?:\.\w+)?: (\w+): ", lambda said: f"--{said[1].replace('_', '-')}: ", message)
     raise UserError(f"{message.rstrip('.')}; see --help")
 
 

@@ -18,7 +18,7 @@ def compare_command(name: str, arguments: Sequence[str]) -> int:
     from glocal.compare import compare
 
     kept = f"finished runs are kept in {str(config.out)!r}; the same command continues"
-    with said_in_one_line(name, kept):
+    with said_in_one_line(name, kept, config.out):
         results = compare(config)
     print_comparison(results)
     print(f"\nreport: {config.out / 'report.html'}\nnumbers: {config.out / 'results.json'}, results.csv, results.tex")
@@ -47,13 +47,15 @@ def train_command(name: str, arguments: Sequence[str]) -> int:
     command = parse(TrainCommand, name, arguments, default)
     if command is None:
         return 0
+    from glocal.checkpoint import check_folder
     from glocal.data import load
     from glocal.progress import Progress
     from glocal.running import keep_freed_memory, train_here
 
     kept = f"the last state is kept in {str(command.out)!r}; the same command with --resume continues"
     keep_freed_memory()  # the process is ours
-    with said_in_one_line(name, kept):
+    with said_in_one_line(name, kept, command.out):
+        check_folder(command.out)
         data = load(command.run.data.source)
         with Progress([command.run.model.name], [1.0]) as progress:
             result = train_here(command.run, data, command.out, resume=command.resume, progress=progress)
@@ -128,7 +130,7 @@ def recall_command(name: str, arguments: Sequence[str]) -> int:
     from glocal.recall import recall_by_distance
 
     kept = f"finished runs are kept in {str(command.out)!r}; the same command continues"
-    with said_in_one_line(name, kept):
+    with said_in_one_line(name, kept, command.out):
         results = recall_by_distance(command)
     rows = [("operator", "near half, %", "far half, %", "reach")]
     half = results["length"] // 2
