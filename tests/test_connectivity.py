@@ -1,12 +1,15 @@
 """The three principles, measured, against the table of Han et al. 2022 and modules whose connections are known."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
 import glocal
-from glocal.analysis.connectivity import Connectivity, connections, connectivity
-from glocal.analysis.jacobian import jacobian
+from glocal.aggregation import aggregate
+from glocal.analysis.connectivity import Connectivity, connections, connectivity, sharing
+from glocal.analysis.jacobian import _columns, jacobian, prepared
 
 FAULTS = {
     "analysis/connectivity.py": (
@@ -27,6 +30,9 @@ FAULTS = {
     "analysis/jacobian.py": (
         ("weights are not held still", "operator.weights(x, **operator.besides(x)) if isinstance(operator, TokenMixer) else None", "None"),  # noqa: E501
         ("the second image has the weights of the first", "held.dense(), index", "held.dense()[:1], index"),
+        ("columns are of the first image only", "in held.dense().split(1):", "in held.dense()[:1].split(1):"),
+        ("what is not affine is taken for it", "if not ((others.flat", "if False and not ((others.flat"),
+        ("what is added to every sum stands in columns", ".flatten(1) - still for some", ".flatten(1) for some"),
         ("rows are of the first image only", "(len(some)), :, some] = 1", "(len(some)), 0, some] = 1"),
         ("no token is replaced", "images[torch.arange(m), torch.arange(m)] = other", "pass"),
         ("one image says which tokens make weights", "return made[0] | made[1]", "return made[0] & made[1]"),
@@ -329,3 +335,37 @@ def test_connections_of_a_picture():
     assert (dense > 0).all()
     alone = torch.tensor(connections(glocal.build("Convolution(kernel_size=1)", 4), (3, 6))[1])
     assert (alone > 0).all()  # one position: nothing tells a projection from the operator
+
+
+@pytest.mark.parametrize(
+    ("spec", "affine"),
+    [
+        ("SelfAttention(num_heads=2)", True),
+        ("Convolution(kernel_size=3, stride=2)", True),
+        ("MaxPooling(kernel_size=3)", True),
+        ("CrossAttention(num_heads=2)", True),
+        ("QuadraticAttention(num_heads=2)", True),
+        ("SpatialReductionAttention(num_heads=2, sr_ratio=2)", False),  # norms what it pools
+    ],
+)
+def test_the_jacobian_is_torchs(spec, affine):
+    """By forward passes alone where that is enough, else by backward ones: each image with its own weights."""
+    run = prepared(glocal.build(spec, 8), (3, 4))
+    assert (_columns(run.operator, run.held, run.x) is not None) == affine
+    found, dense = run.jacobian(), run.held.dense()
+    for image, x in enumerate(run.x):
+        own = dataclasses.replace(run.held, weights=dense[min(image, len(dense) - 1)][None], index=None)
+
+        def call(x, own=own):
+            return run.operator.project(aggregate(own, run.operator.values(x[None])))[0]
+
+        expected = torch.autograd.functional.jacobian(call, x).flatten(2, 3)
+        assert (found[image] - expected).abs().max() <= 1e-14 * expected.abs().max()
+
+
+def test_what_the_table_shows_is_what_all_shows():
+    for spec in ("SelfAttention(num_heads=2)", "LSTM()"):
+        operator = glocal.build(spec, 8)
+        whole = vars(connectivity(operator, (6,)))
+        short = vars(sharing(operator, (6,)))
+        assert short == {name: whole[name] for name in short} and len(whole) == len(short) + 9

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from glocal.analysis.jacobian import prepared
+from glocal.analysis.jacobian import Prepared, prepared
 from glocal.analysis.rank import channel_rank, num_matrices, position_rank
 from glocal.mixer import TokenMixer
 
@@ -23,8 +23,8 @@ SAME_EIGENVALUE = 1e-5  # of matrices that are inverted on the way
 
 
 @dataclass(frozen=True)
-class Connectivity:
-    """The three principles of one operator, as found on one grid.
+class Sharing:
+    """What of the three principles the Jacobians of two images show by themselves.
 
     Attributes:
         positions: what an output reads: "itself"; "local", less than the grid is long along some axis; "sparse",
@@ -41,6 +41,24 @@ class Connectivity:
             positions; "per position".
         frozen: whether the weights were held still, as they are where a token mixer's Jacobian is taken. Otherwise
             the paths through which the input makes the weights are in it too.
+    """
+
+    positions: Literal["itself", "local", "sparse", "global"]
+    reads: int
+    num_positions: int
+    channels: Literal["separable", "dense"]
+    shared_over_positions: Literal["yes", "periodically", "no"]
+    shared_over_channels: Literal["all", "groups", "no"]
+    groups: int | None
+    dynamic: Literal["no", "per image", "per position"]
+    frozen: bool
+
+
+@dataclass(frozen=True)
+class Connectivity(Sharing):
+    """The three principles of one operator, as found on one grid: what `Sharing` has, and what takes longer.
+
+    Attributes:
         pattern_over_positions: as `shared_over_positions`, of what is read instead of the weights: "yes" if an output
             reads the same offsets wherever it stands, "periodically" where there are windows.
         made_by: the tokens that the weights of an output change with: "nothing", "itself" (the token in its place),
@@ -55,15 +73,6 @@ class Connectivity:
         all_matrices: whether these are C*E, so that any may stand anywhere, as in a linear layer over the image.
     """
 
-    positions: Literal["itself", "local", "sparse", "global"]
-    reads: int
-    num_positions: int
-    channels: Literal["separable", "dense"]
-    shared_over_positions: Literal["yes", "periodically", "no"]
-    shared_over_channels: Literal["all", "groups", "no"]
-    groups: int | None
-    dynamic: Literal["no", "per image", "per position"]
-    frozen: bool
     pattern_over_positions: Literal["yes", "periodically", "no"]
     made_by: Literal["nothing", "itself", "some of what it reads", "what it reads", "more than it reads"]
     makers: int
@@ -126,32 +135,19 @@ def connectivity(operator: nn.Module, grid: Sequence[int] | None = None, *, dim:
             twice as long to see it repeat.
         dim: C; the operator's own `dim` by default.
 
-    Cost: two Jacobians, of N*E backward passes each; 2*N*E*M*C numbers (16 MiB at 8x8 and 16 channels); and the
-    weights of 2*M + 2 images.
+    Cost: two Jacobians, of M*C forward passes each where a mixer is affine in its values, else N*E backward passes;
+    2*N*E*M*C numbers (16 MiB at 8x8 and 16 channels); and the weights of 2*M + 2 images.
 
     Raises:
         ValueError: an operator without `dim` where none is given.
     """
     run = prepared(operator, grid, dim=dim)
-    found, out_grid, grid = run.jacobian(), run.out_grid, run.grid
-    found = found / found.abs().max().clamp(min=torch.finfo(found.dtype).tiny)
-    read = found.abs().amax((0, 2, 4)) > SAME  # [N, M]
-    positions = _positions(read, out_grid, grid)
-    groups = _groups(found, itself=positions == "itself")
-    shared = _shared(found, read, out_grid, grid)
-    changes = bool((found[0] - found[1]).abs().max() > SAME)
-    made = run.makers() if changes else torch.zeros_like(read)
+    found = _scaled(run)
+    shown, read, out_grid, grid = _shown(run, found), _read(found), run.out_grid, run.grid
+    made = torch.zeros_like(read) if shown.dynamic == "no" else run.makers()
     matrices = num_matrices(found[0])
     return Connectivity(
-        positions=positions,
-        reads=int(read.sum(1).max()),
-        num_positions=math.prod(grid),
-        channels="dense" if groups is None else "separable",
-        shared_over_positions=shared,
-        shared_over_channels="all" if groups == 1 else "no" if groups in (None, found.shape[-1]) else "groups",
-        groups=groups,
-        dynamic="no" if not changes else "per position" if shared == "no" else "per image",
-        frozen=isinstance(operator, TokenMixer),
+        **vars(shown),
         pattern_over_positions=_shared(read.double()[None, :, None, :, None], read, out_grid, grid),
         made_by=_made_by(made, read, alike=out_grid == grid),
         makers=int(made.sum(1).max()),
@@ -161,6 +157,42 @@ def connectivity(operator: nn.Module, grid: Sequence[int] | None = None, *, dim:
         rank_channels=channel_rank(found[0]),
         matrices=matrices,
         all_matrices=matrices == found.shape[2] * found.shape[4],
+    )
+
+
+def sharing(operator: nn.Module, grid: Sequence[int] | None = None, *, dim: int | None = None) -> Sharing:
+    """The quicker half of `connectivity`, with the same arguments and errors."""
+    run = prepared(operator, grid, dim=dim)
+    return _shown(run, _scaled(run))
+
+
+def _scaled(run: Prepared) -> Tensor:
+    """Both Jacobians, with 1 as their largest entry."""
+    found = run.jacobian()
+    return found / found.abs().max().clamp(min=torch.finfo(found.dtype).tiny)
+
+
+def _read(found: Tensor) -> Tensor:
+    """Which outputs read which positions: bool [N, M]."""
+    return found.abs().amax((0, 2, 4)) > SAME
+
+
+def _shown(run: Prepared, found: Tensor) -> Sharing:
+    read, out_grid, grid = _read(found), run.out_grid, run.grid
+    positions = _positions(read, out_grid, grid)
+    groups = _groups(found, itself=positions == "itself")
+    shared = _shared(found, read, out_grid, grid)
+    changes = bool((found[0] - found[1]).abs().max() > SAME)
+    return Sharing(
+        positions=positions,
+        reads=int(read.sum(1).max()),
+        num_positions=math.prod(grid),
+        channels="dense" if groups is None else "separable",
+        shared_over_positions=shared,
+        shared_over_channels="all" if groups == 1 else "no" if groups in (None, found.shape[-1]) else "groups",
+        groups=groups,
+        dynamic="no" if not changes else "per position" if shared == "no" else "per image",
+        frozen=isinstance(run.operator, TokenMixer),
     )
 
 

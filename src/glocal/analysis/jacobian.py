@@ -16,6 +16,9 @@ from glocal.mixer import TokenMixer
 
 CHANGED = 1e-7  # relative to the largest weight: what is another weight, in float64
 ROWS = 16  # of the Jacobian at a time: few enough that what they need stays in the processor's cache
+COLUMNS = 128  # likewise
+UNIT = 1024.0  # long beside what is added to every sum, so that its rounding is not seen
+AFFINE = 1e-10  # relative: what rounding leaves between sums in two orders
 LARGE = 3.0  # standard deviations of a token put in another's place: a maximum over many must notice it
 
 
@@ -45,8 +48,11 @@ class Prepared:
 
         The weights of a token mixer are held still: it is d project(aggregate(A, values(x))) / dx.
         """
-        call = self.operator if self.held is None else _held(self.operator, self.held)  # type: ignore[arg-type]
-        found = _rows(call, self.x)
+        if self.held is None:
+            found = _rows(self.operator, self.x)
+        else:
+            columns = _columns(self.operator, self.held, self.x)  # type: ignore[arg-type]
+            found = _rows(_held(self.operator, self.held), self.x) if columns is None else columns  # type: ignore[arg-type]
         n, m = math.prod(self.out_grid), math.prod(self.grid)
         return found.view(2, n, found.shape[1] // n, m, self.x.shape[-1])
 
@@ -113,6 +119,26 @@ def _held(mixer: TokenMixer, held: Aggregation) -> Callable[[Tensor], Tensor]:
     """The mixer with its weights held at those of each image."""
     one = replace(held, weights=held.dense(), index=None)  # few tokens: quicker than gathering
     return lambda x: mixer.project(aggregate(one, mixer.values(mixer.besides(x).get("source", x))))
+
+
+@torch.no_grad()
+def _columns(mixer: TokenMixer, held: Aggregation, x: Tensor) -> Tensor | None:
+    """The Jacobians of independent images, [B, outputs, inputs], from what axes become: forward passes alone.
+
+    None unless that is affine, as what becomes of three other images has to show.
+    """
+    count, found = x[0].numel(), []
+    units = UNIT * torch.eye(count, dtype=x.dtype).view(count, *x.shape[1:])
+    others = LARGE * torch.randn(3, *x.shape[1:], generator=torch.Generator().manual_seed(2), dtype=x.dtype)
+    for weights in held.dense().split(1):  # one for both where they share the weights
+        call = _held(mixer, replace(held, weights=weights, index=None))
+        still = call(torch.zeros_like(x[:1])).flatten()
+        columns = torch.cat([call(some).flatten(1) - still for some in units.split(COLUMNS)]) / UNIT
+        moved = call(others).flatten(1) - still
+        if not ((others.flatten(1) @ columns - moved).abs() <= AFFINE * moved.abs().max()).all():
+            return None
+        found.append(columns.T)
+    return torch.stack(found).expand(len(x), -1, -1)
 
 
 def _rows(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

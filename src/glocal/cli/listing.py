@@ -11,7 +11,7 @@ from glocal.cli.graph import print_graph, write_graph
 from glocal.cli.parsing import parse, print_table, said_in_one_line
 
 if TYPE_CHECKING:
-    from glocal.analysis.connectivity import Connectivity
+    from glocal.analysis.connectivity import Connectivity, Sharing
     from glocal.operator import Operator
 
 
@@ -23,7 +23,7 @@ class _Found:
     mixer: "Operator"
     grid: tuple[int, ...]
     weights: tuple[int, ...] | None  # shape of what two images store; None for an ordinary module
-    measured: "Connectivity"
+    measured: "Sharing"  # a Connectivity where more is asked for than the table
 
 
 def list_command(name: str, arguments: Sequence[str]) -> int:
@@ -36,11 +36,12 @@ def list_command(name: str, arguments: Sequence[str]) -> int:
     import torch
 
     torch.set_num_threads(1)  # all matrices are small
-    found = list(_all())
+    whole = command.json or command.html is not None or command.graph is not None
+    found = list(_all(whole))
     if command.html is not None:
         with said_in_one_line(name):
             _write_gallery(command.html, found)
-    measured = {each.operator: each.measured for each in found}
+    measured: dict[str, Connectivity] = {each.operator: each.measured for each in found}  # type: ignore[misc]
     if command.graph is not None:
         with said_in_one_line(name):
             write_graph(command.graph, measured)
@@ -55,10 +56,11 @@ def list_command(name: str, arguments: Sequence[str]) -> int:
     return 0
 
 
-def _all() -> Iterator[_Found]:
+def _all(whole: bool) -> Iterator[_Found]:
+    """Every operator, with all that can be measured of it, or with what the table shows."""
     import torch
 
-    from glocal.analysis.connectivity import connectivity
+    from glocal.analysis.connectivity import connectivity, sharing
     from glocal.mixer import TokenMixer
     from glocal.spec import available
 
@@ -70,7 +72,7 @@ def _all() -> Iterator[_Found]:
         if isinstance(mixer, TokenMixer):
             x = torch.zeros(2, *grid, mixer.dim)
             weights = tuple(mixer.weights(x, **mixer.besides(x)).weights.shape)
-        yield _Found(operator, mixer, grid, weights, connectivity(mixer, grid))
+        yield _Found(operator, mixer, grid, weights, (connectivity if whole else sharing)(mixer, grid))
         if sys.stderr.isatty():
             print(f"\r{i} of {len(names)} measured" if i < len(names) else f"\r{'':30}\r", end="", file=sys.stderr)
 
@@ -95,7 +97,7 @@ def example(operator: str) -> "Operator":
 def _json(found: Sequence[_Found]) -> str:
     from glocal.analysis.relations import placed
 
-    boxes = {each.operator: placed(each.measured) for each in found}
+    boxes = {each.operator: placed(each.measured) for each in found}  # type: ignore[arg-type]
     rows = [
         {
             "operator": each.operator,
