@@ -13,6 +13,8 @@ import glocal
 from glocal.analysis.heads import quadratic_heads
 from glocal.mixers import Convolution, DepthwiseConv, GatedPaddedAttention
 
+from .convolutions import relative
+
 FAULTS = {
     "conversion/attention.py": (
         ("gates are given to nobody", "asked = positive(", "asked = None and positive("),
@@ -42,10 +44,6 @@ KERNELS = [
     (nn.Conv2d, {"kernel_size": (2, 5), "stride": (1, 2), "padding": (0, 3), "dilation": (3, 1)}),
     (nn.Conv2d, {"kernel_size": 3, "stride": 2, "padding": "valid", "bias": False}),
 ]
-
-
-def relative(found, expected):
-    return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
 @pytest.mark.parametrize("encoding", ["quadratic", "learned"])
