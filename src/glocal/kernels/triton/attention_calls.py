@@ -181,10 +181,10 @@ def backward(
     saved: what `forward` wrote and returned; without it that is computed again, unless all gradients are taken at once.
     of_each: every image has a table of its own.
 
-    Memory: where there is a table, up to 2 * PROGRAMS * BQ * BN numbers or, if that is more, the pairs of tiles, BQ * BQ
-    for each head and window; whole grids and larger windows, of S_h x S_w, have (2*S_h/TH - 1) * (2*S_w/TW - 1) times
-    as many with tiles of TH x TW = BQ tokens: about 4 * G * N * BQ for a grid, B times as many with tables of each image.
-    Neighborhoods have G * N numbers times the sources that a tile of queries sees.
+    Memory: where there is a table, up to 2*PROGRAMS * BQ * BN numbers or, if that is more, the pairs of tiles: BQ * BQ
+    for each head, (2*S_h/TH - 1) * (2*S_w/TW - 1) times as many for whole grids and windows, of S_h x S_w, that do not
+    fit into a block, but are cut into tiles of TH x TW = BQ. For a grid of N tokens these are about 4 * G * N * BQ, B
+    times as many with tables of each image. Neighborhoods have G * N times the sources that a tile of queries sees.
     """
     heads = q.shape[2]
     if not (grad.numel() and k.numel()):
