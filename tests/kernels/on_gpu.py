@@ -80,6 +80,13 @@ def kernels_run(monkeypatch):
     )
 
 
+def take(number, monkeypatch):
+    """Of every list of configurations that with this number, or the last."""
+    from glocal.kernels.triton import tuning
+
+    monkeypatch.setattr(tuning, "_choice", lambda _, __, configurations, *___: min(number, len(configurations) - 1))
+
+
 def compiled(monkeypatch, target, call):
     """What the kernels of a call become for GPUs of this generation: (name, bytes shared, registers, bytes spilled).
 

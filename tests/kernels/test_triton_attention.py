@@ -20,6 +20,7 @@ from .on_gpu import (  # noqa: F401
     compiled,
     fits,
     kernels_run,
+    take,
 )
 
 FAULTS = {
@@ -155,6 +156,22 @@ def test_gradients_are_the_same_each_time(kind):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+TILES = {
+    "neighborhood": lambda: neighborhood_case((9, 8), (3, 5), border="shifted", heads=1),
+    "window": lambda: window_case((9, 7), (7, 6), 3, dim=40, heads=1),
+    "whole grid": lambda: whole_case((6, 7), dim=40, heads=1, batch=1),
+}
+
+
+@RUN
+@pytest.mark.parametrize("kind", TILES)
+@pytest.mark.usefixtures("kernels_run")
+def test_with_smaller_tiles(kind, monkeypatch):
+    """Which the last configuration has."""
+    take(9, monkeypatch)
+    agree(*TILES[kind](), torch.float32)
+
+
 LARGER = {
     "neighborhood": lambda: neighborhood_case((20, 19), (7, 7), border="shifted", dim=32, value=32, heads=1),
     "neighborhood, dilated": lambda: neighborhood_case((19, 22), (5, 5), dilation=3, dim=16, value=48, heads=1),
@@ -214,6 +231,18 @@ def whole_call(grid, heads, dim=32):
     tensors = [torch.zeros(1, math.prod(grid), heads, dim) for _ in range(3)]
     tensors.append(torch.zeros(heads, *[2 * n - 1 for n in grid]))
     return lambda q, k, v, table: biased_attention(q, k, v, table, grid), tensors
+
+
+@COMPILE
+@WIDE_COMPILE
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+@pytest.mark.parametrize("kind", ["neighborhood", "window", "window of 100", "whole grid"])
+def test_every_configuration_compiles(kind, number, monkeypatch, record_property):
+    take(number, monkeypatch)
+    run, tensors = REAL[kind]()
+    tensors = [t.bfloat16().requires_grad_() for t in tensors]
+    found = compiled(monkeypatch, 90, lambda: run(*tensors).sum().backward())
+    assert found and fits(found, 90, record_property), found
 
 
 @COMPILE

@@ -21,6 +21,7 @@ from .on_gpu import (  # noqa: F401
     compiled,
     fits,
     kernels_run,
+    take,
 )
 
 FAULTS = {
@@ -177,13 +178,6 @@ def agree(case, dtype):
     for name, a, b in zip(["y", "x", "w", "bias"], found, wanted, strict=False):
         error = (a.double() - b).abs().max()
         assert error <= TOLERANCES[dtype] * b.abs().max().clamp(min=1e-3), f"{name}: off by {error}"
-
-
-def take(number, monkeypatch):
-    """Of every list of configurations that with this number, or the last."""
-    from glocal.kernels.triton import tuning
-
-    monkeypatch.setattr(tuning, "_choice", lambda _, __, configurations, *___: min(number, len(configurations) - 1))
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """The kernels of attention.py and attention_backward.py called for windows, neighborhoods and whole grids."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from glocal.kernels.triton import attention, attention_backward
+from glocal.kernels.triton import attention, attention_backward, tuning
 
 PROGRAMS = 1024  # so many to twice as many, if there are so many images, add up the gradients of biases
 AT_ONCE = 64  # tokens of a window, at most, all of whose gradients are taken at once
@@ -121,8 +121,8 @@ class Layout:
             "DW": self.dilation[1],
             "D": q.shape[-1],
             "E": v.shape[-1],
-            "BD": max(triton.next_power_of_2(q.shape[-1]), 16),
-            "BE": max(triton.next_power_of_2(v.shape[-1]), 16),
+            "BD": _power(q),
+            "BE": _power(v),
             "TH": self.tile(block)[0],
             "TW": self.tile(block)[1],
             "BQ": block,
@@ -135,16 +135,35 @@ class Layout:
         }
 
 
-def _launch(kernel: Literal["tile", "pairs", "at once"], q: Tensor, constants: dict[str, Any]) -> dict[str, Any]:
-    """How a kernel is launched: of what it keeps in registers no thread may have too much."""
-    short, block, width = q.element_size() == 2, constants["BQ"], max(constants["BD"], constants["BE"])
+Kind = Literal["queries", "sources", "pairs", "at once"]
+
+
+def _configurations(kernel: Kind, q: Tensor, v: Tensor, block: int) -> list[tuning.Configuration]:
+    """How a kernel may be launched: of what it keeps in registers no thread may have too much.
+
+    Those that have tiles for themselves may have some of half the size; what others read is cut as they are told.
+    """
+    short, width = q.element_size() == 2, max(_power(q), _power(v))
+    large = block * width > 64 * 32
     if block < 32:
         warps = 2 if short or width <= 32 else 4 if width <= 128 else 8
-    elif kernel == "tile":
+    elif kernel == "queries" or (kernel == "sources" and block == 32):
         warps = 4
     else:
-        warps = 4 if kernel == "at once" and short and block * width <= 64 * 32 else 8
-    return {"num_warps": warps, "num_stages": 2}
+        warps = 4 if kernel == "at once" and short and not large else 8
+    stages = 1 if kernel == "sources" and block == 64 and large else 2
+    first = {"BLOCK": block, "num_warps": warps, "num_stages": stages}
+    found: list[tuning.Configuration] = [first, *({**first, "num_stages": n} for n in (1, 2, 3) if n != stages)]
+    if warps < 8:
+        found.append({**first, "num_warps": 2 * warps})
+    if kernel in ("queries", "sources") and block >= 32:
+        found.append({"BLOCK": block // 2, "num_warps": 4, "num_stages": 2})
+    return found
+
+
+def _power(tensor: Tensor) -> int:
+    """Of two, that holds the channels of a head."""
+    return max(triton.next_power_of_2(tensor.shape[-1]), 16)
 
 
 def forward(
@@ -161,14 +180,34 @@ def forward(
         out.zero_()
         return lse.zero_()
     q, k, v = (_in_order(t) for t in (q, k, v))
-    constants = layout.constants(q, v, bias, valid, extents, layout.block(q, v))
-    tiles = layout.tiles(constants["BQ"], queries=True)
-    with torch.cuda.device_of(q):
+
+    def run(tiles: Sequence[int], options: dict[str, Any]) -> None:
         attention._forward[(len(q) * heads * tiles[0],)](
             q, k, v, *_given(q, bias, valid, extents), out, lse, float(scale), layout.shape(heads, tiles),
-            _strides(q, k, v), layout.table, tiles[3], **constants, TILES=tiles[0], **_launch("tile", q, constants),
+            _strides(q, k, v), layout.table, tiles[3], **options, TILES=tiles[0],
         )  # fmt: skip
+
+    with torch.cuda.device_of(q):
+        _tuned("queries", attention._forward, layout, (q, v, bias, valid, extents), run, layout.block(q, v))
     return lse
+
+
+def _tuned(
+    kind: Kind, kernel: Any, layout: Layout, given: tuple[Any, Any, Any, Any, Any],
+    run: Callable[[Sequence[int], dict[str, Any]], None], block: int, *, queries: bool = True,
+) -> None:  # fmt: skip
+    """Runs a kernel, on tiles of queries or of sources, with the configuration that is fastest in such calls."""
+    q, v = given[:2]
+    constants = layout.constants(*given, block)
+    about = *constants.items(), q.dtype, q.shape[2], layout.past, *tuning.classes(len(q), *layout.sources)
+
+    def launch(choice: tuning.Configuration) -> None:
+        own = choice["BLOCK"]
+        options = constants if own == block else layout.constants(*given, own)
+        options = {**options, "num_warps": choice["num_warps"], "num_stages": choice["num_stages"]}
+        run(layout.tiles(own, queries=queries), options)
+
+    tuning.run(kernel, about, _configurations(kind, q, v, block), launch, q.device)
 
 
 def backward(
@@ -204,16 +243,19 @@ def _at_once(
 ) -> Tensor | None:  # fmt: skip
     """By programs that have whole windows."""
     heads, block = q.shape[2], layout.at_once(q, v)
-    constants = layout.constants(q, v, bias, valid, extents, block)
     tiles = layout.tiles(block, queries=True)
     windows = len(q) * tiles[0]
     parts, each = _parts(windows, heads, tiles[0] if of_each else 0)
     pairs = q.new_empty(parts if bias is not None else 0, heads, block, block, dtype=torch.float32)
-    attention_backward._backward_at_once[(parts * heads,)](
-        grad, q, k, v, *_given(q, bias, valid, extents), *found, pairs, scale, layout.shape(heads, tiles),
-        _strides(q, k, v, *found), layout.table, windows, each, **constants, WINDOWS=tiles[0],
-        **_launch("at once", q, constants),
-    )  # fmt: skip
+
+    def run(tiles: Sequence[int], options: dict[str, Any]) -> None:
+        attention_backward._backward_at_once[(parts * heads,)](
+            grad, q, k, v, *_given(q, bias, valid, extents), *found, pairs, scale, layout.shape(heads, tiles),
+            _strides(q, k, v, *found), layout.table, windows, each, **options, WINDOWS=tiles[0],
+        )  # fmt: skip
+
+    kernel = attention_backward._backward_at_once
+    _tuned("at once", kernel, layout, (q, v, bias, valid, extents), run, block)
     return None if bias is None else _table(layout, pairs, layout.sides(), (1, 1), of_each)
 
 
@@ -228,30 +270,40 @@ def _by_tiles(
         saved = out, forward(layout, q, k, v, bias, valid, extents, scale, out)
     out, lse = (t.contiguous() for t in saved)
     delta = torch.empty_like(lse)
-    constants = layout.constants(q, v, bias, valid, extents, layout.block(q, v))
-    launch = constants | _launch("tile", q, constants)
-    given, strides, block = _given(q, bias, valid, extents), _strides(q, k, v, *found), constants["BQ"]
-    tiles, owned = layout.tiles(block, queries=True), layout.tiles(block, queries=False)
-    shape = layout.shape(heads, tiles)
-    attention_backward._backward_queries[(len(q) * heads * tiles[0],)](
-        grad, q, k, v, *given, out, lse, delta, found[0], scale, shape, strides, layout.table, tiles[3], **launch,
-        TILES=tiles[0],
-    )  # fmt: skip
-    attention_backward._backward_sources[(len(q) * heads * owned[0],)](
-        grad, q, k, v, *given, lse, delta, found[1], found[2], scale, layout.shape(heads, owned), strides,
-        layout.table, **launch, TILES=owned[0],
-    )  # fmt: skip
+    given, strides, block = _given(q, bias, valid, extents), _strides(q, k, v, *found), layout.block(q, v)
+    about = (q, v, bias, valid, extents)
+
+    def run_queries(tiles: Sequence[int], options: dict[str, Any]) -> None:
+        attention_backward._backward_queries[(len(q) * heads * tiles[0],)](
+            grad, q, k, v, *given, out, lse, delta, found[0], scale, layout.shape(heads, tiles), strides,
+            layout.table, tiles[3], **options, TILES=tiles[0],
+        )  # fmt: skip
+
+    def run_sources(tiles: Sequence[int], options: dict[str, Any]) -> None:
+        attention_backward._backward_sources[(len(q) * heads * tiles[0],)](
+            grad, q, k, v, *given, lse, delta, found[1], found[2], scale, layout.shape(heads, tiles), strides,
+            layout.table, **options, TILES=tiles[0],
+        )  # fmt: skip
+
+    _tuned("queries", attention_backward._backward_queries, layout, about, run_queries, block)
+    _tuned("sources", attention_backward._backward_sources, layout, about, run_sources, block, queries=False)
     if bias is None:
         return None
-    launch = constants | _launch("pairs", q, constants)
+    constants = layout.constants(*about, block)
+    tiles = layout.tiles(block, queries=True)
+    shape = layout.shape(heads, tiles)
     if layout.near:
         blocks = layout.blocks(block, wide=extents is not None)
         parts, each = _parts(len(q), heads * tiles[0] * blocks)
         pairs = q.new_empty(parts, heads, tiles[0], blocks, block, block, dtype=torch.float32)
-        attention_backward._backward_pairs[(pairs.numel() // block**2,)](
-            grad, q, k, v, *given, lse, delta, pairs, scale, shape, strides, layout.table, tiles[3], len(q), each,
-            **launch, TILES=tiles[0], BLOCKS=blocks,
-        )  # fmt: skip
+
+        def run_pairs(tiles: Sequence[int], options: dict[str, Any]) -> None:
+            attention_backward._backward_pairs[(pairs.numel() // block**2,)](
+                grad, q, k, v, *given, lse, delta, pairs, scale, shape, strides, layout.table, tiles[3], len(q),
+                each, **options, TILES=tiles[0], BLOCKS=blocks,
+            )  # fmt: skip
+
+        _tuned("pairs", attention_backward._backward_pairs, layout, about, run_pairs, block)
         pairs, (rows, row) = _added(pairs), layout.entries
         entries = q.new_empty(1, heads, rows, row, dtype=torch.float32)
         names = ("KH", "KW", "DH", "DW", "TH", "TW", "BQ", "BN", "HAS_EXTENTS", "MODE")
@@ -266,10 +318,14 @@ def _by_tiles(
     differences = [2 * n - 1 for n in cut]
     parts, each = _parts(len(q) * windows, heads * math.prod(differences), windows if of_each else 0)
     pairs = q.new_empty(parts, heads, *differences, block, block, dtype=torch.float32)
-    attention_backward._backward_differences[(pairs.numel() // block**2,)](
-        grad, q, k, v, *given, lse, delta, pairs, scale, shape, strides, layout.table, len(q) * windows, each,
-        **launch, PARTS=parts, WINDOWS=windows,
-    )  # fmt: skip
+
+    def run_differences(tiles: Sequence[int], options: dict[str, Any]) -> None:
+        attention_backward._backward_differences[(pairs.numel() // block**2,)](
+            grad, q, k, v, *given, lse, delta, pairs, scale, shape, strides, layout.table, len(q) * windows, each,
+            **options, PARTS=parts, WINDOWS=windows,
+        )  # fmt: skip
+
+    _tuned("pairs", attention_backward._backward_differences, layout, about, run_differences, block)
     return _table(layout, pairs, tile, cut, of_each)
 
 

@@ -299,7 +299,7 @@ def local_sum_products(
     x, y = x.contiguous(), y.contiguous()
     sizes = *_two(x.shape[1:-1], 1), rows, columns, *_two(offset, 0)
     options = {"G": groups, "D": width, "KH": heights, "KW": kernel[-1], "DILATION": dilation}
-    kind = (x.dtype, shape[0] > 1, *options.values(), *_classes(batch, rows, columns))
+    kind = (x.dtype, shape[0] > 1, *options.values(), *tuning.classes(batch, rows, columns))
     if any(n != 1 for n in shape[1:-2]):
         w = x.new_empty(*y.shape[:-1], groups, taps)
         held = min(TAPS, triton.next_power_of_2(kernel[-1]))
@@ -363,7 +363,7 @@ def _run_sum(
         programs *= triton.cdiv(width, blocks["BD"])
         _sum[(programs,)](read, w, added, written, runs, *sizes, **options, **blocks)
 
-    kind = (read.dtype, *options.values(), *_classes(batch, rows, columns))
+    kind = (read.dtype, *options.values(), *tuning.classes(batch, rows, columns))
     with torch.cuda.device_of(read):
         tuning.run(_sum, kind, SUMS, run, read.device)
     return written
@@ -372,11 +372,6 @@ def _run_sum(
 def _two(axes: Sequence[int], before: int) -> tuple[int, int]:
     """A sequence is an image of one row."""
     return (before, axes[0]) if len(axes) == 1 else (axes[0], axes[1])
-
-
-def _classes(*sizes: int) -> tuple[int, ...]:
-    """Sizes that are tuned as one."""
-    return tuple(triton.next_power_of_2(n) for n in sizes)
 
 
 def _blocks(

@@ -64,6 +64,11 @@ def run(
     return launch(configurations[_choice(kernel, kind, configurations, launch, device)])
 
 
+def classes(*sizes: int) -> tuple[int, ...]:
+    """Sizes that are tuned as one."""
+    return tuple(triton.next_power_of_2(n) for n in sizes)
+
+
 def _choice(
     kernel: Any, kind: tuple[Any, ...], configurations: Sequence[Configuration], launch: Callable, device: torch.device
 ) -> int:
