@@ -319,7 +319,7 @@ FAULTS = {
         ("the MLP ratio passes convolution blocks by", '{"expand_ratio": mlp_ratio, "rank"', '{"rank"'),
         (
             "other channels are torch's to refuse",
-            "if x.shape[1] != self.conv1.in_channels or 0 in",
+            "if x.shape[1] != self.in_chans or 0 in",
             "if 0 in",
         ),
         ("sizes may be any numbers", "whole = all(isinstance(n, int) and n >= 1 for n in grid)", "whole = True"),

@@ -291,7 +291,7 @@ class Stem(nn.Module):
 
     def __init__(self, in_chans: int, dim: int, rank: int = 2, *, hidden_dim: int | None = None):
         super().__init__()
-        self.rank = rank
+        self.in_chans, self.rank = in_chans, rank
         hidden = dim if hidden_dim is None else hidden_dim
         kernel, padding = (3, 1) if rank == 2 else ((1, 3), (0, 1))
         self.conv1 = nn.Conv2d(in_chans, hidden, kernel, stride=2, padding=padding, bias=False)
@@ -303,9 +303,9 @@ class Stem(nn.Module):
         if x.ndim != self.rank + 2:
             needed = "signals [B, C, T]" if self.rank == 1 else "images [B, C, H, W]"
             raise ValueError(f"x has shape {tuple(x.shape)}; this network takes {needed}: see img_size")
-        if x.shape[1] != self.conv1.in_channels or 0 in x.shape[2:]:
+        if x.shape[1] != self.in_chans or 0 in x.shape[2:]:
             raise ValueError(
-                f"x has shape {tuple(x.shape)}; this network takes {self.conv1.in_channels} channels of a pixel or more"
+                f"x has shape {tuple(x.shape)}; this network takes {self.in_chans} channels of a pixel or more"
             )
         x = x if valid is None else x.masked_fill(~valid[:, None], 0)  # the convolution's own padding
         valid = strided(valid, 2)
