@@ -41,7 +41,7 @@ def list_command(name: str, arguments: Sequence[str]) -> int:
     if command.html is not None:
         with said_in_one_line(name):
             _write_gallery(command.html, found)
-    measured: dict[str, Connectivity] = {each.operator: each.measured for each in found}  # type: ignore[misc]
+    measured = _in_full(found)
     if command.graph is not None:
         with said_in_one_line(name):
             write_graph(command.graph, measured)
@@ -94,10 +94,17 @@ def example(operator: str) -> "Operator":
             return build(spec, DIM).eval()  # type: ignore[return-value]
 
 
+def _in_full(found: Sequence[_Found]) -> "dict[str, Connectivity]":
+    """All that can be measured of the operators of which that was asked."""
+    from glocal.analysis.connectivity import Connectivity
+
+    return {each.operator: each.measured for each in found if isinstance(each.measured, Connectivity)}
+
+
 def _json(found: Sequence[_Found]) -> str:
     from glocal.analysis.relations import placed
 
-    boxes = {each.operator: placed(each.measured) for each in found}  # type: ignore[arg-type]
+    boxes = {operator: placed(measured) for operator, measured in _in_full(found).items()}
     rows = [
         {
             "operator": each.operator,
