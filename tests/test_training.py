@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from glocal import training
 from glocal.backbone import Backbone
 from glocal.checkpoint import CheckpointError
+from glocal.optimizer import parameter_groups, rate
 
 from .small_run import StopAt, easy, numbers, run, weights
 
@@ -96,7 +97,7 @@ def by_hand(config, data, steps):
             batches = order_of(config.seed, step // per_epoch, len(x)).split(recipe.batch_size)
         chosen = batches[step % per_epoch]
         for group in optimizer.param_groups:
-            group["lr"] = recipe.lr * training.rate(step, total, recipe.warmup)
+            group["lr"] = recipe.lr * rate(step, total, recipe.warmup)
         log_p = model(x[chosen]).log_softmax(1)
         right = log_p.gather(1, data.train_labels[chosen, None])[:, 0]
         loss = -((1 - recipe.label_smoothing) * right + recipe.label_smoothing * log_p.mean(1)).mean()
@@ -278,54 +279,64 @@ def test_fp16_needs_a_gpu():
 
 
 def test_the_rate_rises_and_falls():
-    rates = [training.rate(step, 100, 0.1) for step in range(100)]
+    rates = [rate(step, 100, 0.1) for step in range(100)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert rates[10] == 1 and all(a > b for a, b in itertools.pairwise(rates[10:]))
     assert rates[55] == pytest.approx(0.5) and 0 < rates[99] < 0.001
-    assert training.rate(0, 1, 0.1) == 1
+    assert rate(0, 1, 0.1) == 1
 
 
 def test_one_axis_is_not_decayed():
     model = Backbone("C-SelfAttention(num_heads=2)", in_chans=1, num_classes=2, img_size=8)
-    decayed, free = training._groups(model, 0.05)
+    decayed, free = parameter_groups(model, 0.05)
     assert decayed["weight_decay"] == 0.05 and free["weight_decay"] == 0
     assert {p.ndim for p in free["params"]} == {1} and min(p.ndim for p in decayed["params"]) == 2
     assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
 
 
 # planted by scripts/mutate
-FAULTS = (
-    (
-        "dropout depends on what was drawn before",
-        "        torch.manual_seed(generator.initial_seed())  # dropout, stochastic depth, mixing\n",
-        "",
-    ),
-    (
-        "a step has the rate of the next one",
-        "        lr = self._lr(self.step)\n",
-        "        lr = self._lr(self.step + 1)\n",
-    ),
-    (
-        "scales and biases are decayed",
-        '{"params": free, "weight_decay": 0.0}',
-        '{"params": free, "weight_decay": weight_decay}',
-    ),
-    (
-        "gradients are not clipped",
-        "if recipe.max_grad_norm:",
-        "if False:",
-    ),
-    ("without a limit all gradients are cut to nothing", "if recipe.max_grad_norm:", "if True:"),
-    ("every recipe has AdamW", 'if recipe.optimizer == "sgd":', "if False:"),
-    ("SGD has no momentum", "momentum=0.9, fused=True", "fused=True"),
-    ("every epoch has the same order", 'self._seeded(f"epoch {number}")', 'self._seeded("epoch")'),
-    (
-        "the weights that are tested are not the averaged ones",
-        "return self._plain() if self.average is None else self.average.module",
-        "return self._plain()",
-    ),
-    ("large tests follow every epoch of few images", "return self.step == self.steps or ", "return True or "),
-    ("the rate rises from zero", "return (step + 1) / rising", "return step / rising"),
-    ("a loss that is not finite is stepped on", "if not math.isfinite(value):", "if False:"),
-    ("whole numbers are averaged, cut off", "if not value.is_floating_point():", "if False:"),
-)
+FAULTS = {
+    "training.py": [
+        (
+            "dropout depends on what was drawn before",
+            "        torch.manual_seed(generator.initial_seed())  # dropout, stochastic depth, mixing\n",
+            "",
+        ),
+        (
+            "a step has the rate of the next one",
+            "        lr = self._lr(self.step)\n",
+            "        lr = self._lr(self.step + 1)\n",
+        ),
+        ("gradients are not clipped", "if recipe.max_grad_norm:", "if False:"),
+        ("without a limit all gradients are cut to nothing", "if recipe.max_grad_norm:", "if True:"),
+        ("every epoch has the same order", 'self._seeded(f"epoch {number}")', 'self._seeded("epoch")'),
+        (
+            "the weights that are tested are not the averaged ones",
+            "return self._plain() if self.average is None else self.average.module",
+            "return self._plain()",
+        ),
+        ("large tests follow every epoch of few images", "return self.step == self.steps or ", "return True or "),
+        ("a loss that is not finite is stepped on", "if not math.isfinite(loss):", "if False:"),
+        ("whole numbers are averaged, cut off", "if not value.is_floating_point():", "if False:"),
+        (
+            "the last loss of an epoch is lost",
+            "        self._read()\n        trained",
+            "        self.unread = None\n        trained",
+        ),
+        (
+            "a state is kept before its loss is known",
+            "                self._read()\n                self.seconds",
+            "                self.seconds",
+        ),
+    ],
+    "optimizer.py": [
+        (
+            "scales and biases are decayed",
+            '{"params": free, "weight_decay": 0.0}',
+            '{"params": free, "weight_decay": weight_decay}',
+        ),
+        ("every recipe has AdamW", 'if recipe.optimizer == "sgd":', "if False:"),
+        ("SGD has no momentum", "momentum=0.9, fused=True", "fused=True"),
+        ("the rate rises from zero", "return (step + 1) / rising", "return step / rising"),
+    ],
+}

@@ -8,8 +8,9 @@ from torch import nn
 from torch.testing import assert_close
 
 import glocal
-from glocal import Backbone, contract, mixers, training
+from glocal import Backbone, contract, mixers
 from glocal.operator import no_weight_decay
+from glocal.optimizer import parameter_groups
 
 # What published trainings exempt by name.
 TABLE = "relative_position_bias_table"
@@ -34,7 +35,7 @@ FAULTS = {
         ("names lack those of the modules around", '{f"{part}.{name}" for', "{name for"),
         ("other models are not asked", "if own is None else set(own())", "if True else set()"),
     ),
-    "training.py": (
+    "optimizer.py": (
         ("all tables are decayed", "p.ndim > 1 and name not in exempt]", "p.ndim > 1]"),
         ("exempt parameters are not trained", "if p.ndim <= 1 or name in exempt]", "if p.ndim <= 1]"),
         ("frozen parameters are trained", "named_parameters() if p.requires_grad]", "named_parameters()]"),
@@ -66,7 +67,7 @@ def backbone():
 def by_name(model):
     """The names in each of the two groups of a run's optimizer."""
     names = {parameter: name for name, parameter in model.named_parameters()}
-    decayed, free = training._groups(model, 0.05)
+    decayed, free = parameter_groups(model, 0.05)
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.05, 0)
     decayed, free = ([names[p] for p in group["params"]] for group in (decayed, free))
     assert sorted([*decayed, *free]) == sorted(names.values())  # each once
@@ -113,7 +114,7 @@ def test_a_step_leaves_them_alone():
     """Without a gradient a step is the decay alone."""
     model = nn.Sequential(nn.Linear(8, 8), glocal.build("GeneralizedQuadraticAttention(num_heads=2)", 8))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = torch.optim.AdamW(training._groups(model, 0.5), lr=0.1)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.5), lr=0.1)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
@@ -125,5 +126,5 @@ def test_frozen_parameters_are_in_no_group():
     model = backbone()
     for p in model.stages[1].parameters():
         p.requires_grad = False
-    count = sum(len(group["params"]) for group in training._groups(model, 0.05))
+    count = sum(len(group["params"]) for group in parameter_groups(model, 0.05))
     assert count == sum(p.requires_grad for p in model.parameters()) < len(list(model.parameters()))

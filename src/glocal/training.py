@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -22,10 +23,10 @@ from torch import Tensor, nn
 from glocal.analysis.heads import quadratic_heads
 from glocal.analysis.memory import peak_memory
 from glocal.checkpoint import alone_in, load_state, save_state, save_weights, write_text
-from glocal.config import RunConfig, TrainConfig
+from glocal.config import RunConfig
 from glocal.data import ImageData
 from glocal.data.augment import crop_and_flip, randaugment
-from glocal.operator import no_weight_decay
+from glocal.optimizer import optimizer_of, rate
 from glocal.plain import to_plain
 from glocal.runs import EpochResult, RunResult, described, finished, identity, images_of
 from glocal.tasks.classification import (
@@ -123,6 +124,9 @@ class _Run:
         self.config, self.data, self.accelerator, self.listener = config, data, accelerator, listener
         self.folder: Path | None = None
         self.device: torch.device = accelerator.device
+        self.images, self.labels = data.train_images, data.train_labels
+        if _fits(self.images, self.device) and not recipe.randaugment:  # which takes images one by one
+            self.images, self.labels = self.images.to(self.device), self.labels.to(self.device)
         self.mean, self.deviation = data.statistics()
         self.normalise = normaliser(self.mean, self.deviation, self.device)
         self.generator = torch.Generator()  # of order and augmentation
@@ -141,7 +145,7 @@ class _Run:
             start_from(model, Path(config.weights), new_head=config.new_head)
         self.params = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.criterion = Criterion(recipe, data.train_labels, len(data.classes), self.device)
-        optimizer = _optimizer(model, recipe)
+        optimizer = optimizer_of(model, recipe)
         self.average: Any = None
         if recipe.ema:  # before `prepare`, whose forward would be copied as that of the original
             from torch.optim.swa_utils import AveragedModel
@@ -155,6 +159,7 @@ class _Run:
             self.average = AveragedModel(model, device=self.device, avg_fn=average, use_buffers=True)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.step = 0
+        self.unread: Callable[[], float] | None = None  # the loss of the last step
         self.loss_sum, self.loss_count, self.seconds = 0.0, 0, 0.0  # of the epoch on its way
         self.epochs: list[EpochResult] = []
         self.peak_memory = 0
@@ -225,7 +230,7 @@ class _Run:
     def _epoch(self, number: int, checkpoint_seconds: float) -> Predictions | None:
         """The rest of an epoch, and the test if there is one after it."""
         order = torch.randperm(len(self.data.train_labels), generator=self._seeded(f"epoch {number}"))
-        batches = order[: self.steps_per_epoch * self.batch_size].split(self.batch_size)
+        batches = order[: self.steps_per_epoch * self.batch_size].to(self.images.device).split(self.batch_size)
         self.model.train()
         started = saved = time.perf_counter()
         for chosen in batches[self.step - number * self.steps_per_epoch :]:
@@ -233,17 +238,17 @@ class _Run:
                 loss, self.peak_memory = peak_memory(lambda: self._step(chosen), self.device)  # noqa: B023
             else:
                 loss = self._step(chosen)
-            self.loss_sum += loss
-            self.loss_count += 1
+            self._read()  # of the step before: a device is at work on this one meanwhile
+            self.unread = loss
             self.step += 1
-            if self.step % _STEPS_PER_LINE == 0:
-                self._note({"step": self.step, "loss": loss, "lr": self._lr(self.step - 1)})
             now = time.perf_counter()
             if now - saved > checkpoint_seconds and self.step % self.steps_per_epoch:
+                self._read()
                 self.seconds += now - started
                 self._keep()
                 started = saved = time.perf_counter()
             self.listener.step(self.step, self.steps)
+        self._read()
         trained = self.seconds + time.perf_counter() - started
         predictions = self._test() if self._tested_after(number) else None
         self.epochs.append(
@@ -262,28 +267,22 @@ class _Run:
         self.listener.epoch(self.epochs[-1])
         return predictions
 
-    def _step(self, chosen: Tensor) -> float:
-        """One step on the training images `chosen`; its loss."""
+    def _step(self, chosen: Tensor) -> Callable[[], float]:
+        """One step on the training images `chosen`; what reads its loss."""
         recipe = self.config.train
         generator = self._seeded(f"step {self.step}")
         torch.manual_seed(generator.initial_seed())  # dropout, stochastic depth, mixing
-        images = self.data.train_images[chosen]
+        images = self.images[chosen]
         if recipe.crop_padding or recipe.flip:
             images = crop_and_flip(images, padding=recipe.crop_padding, flip=recipe.flip, generator=generator)
         if recipe.randaugment:
             images = randaugment(images, recipe.randaugment)
-        pixels, labels = self.criterion.mix(self.normalise(images), self.data.train_labels[chosen].to(self.device))
+        pixels, labels = self.criterion.mix(self.normalise(images), self.labels[chosen].to(self.device))
         lr = self._lr(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         loss = self.criterion(self.model(pixels), labels)
-        value = loss.item()
-        if not math.isfinite(value):
-            kept = "" if self.folder is None else f"; the last state before is kept in {str(self.folder)!r}"
-            raise NotFinite(
-                f"{self.config.model.name}, seed {self.config.seed}: the loss is {value} at step {self.step + 1} of "
-                f"{self.steps}, learning rate {lr:.2g}; lower the learning rate{kept}"
-            )
+        read = _reader(loss.detach())
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
         if recipe.max_grad_norm:
@@ -291,7 +290,23 @@ class _Run:
         self.optimizer.step()
         if self.average is not None:
             self.average.update_parameters(self._plain())
-        return value
+        return read
+
+    def _read(self) -> None:
+        """Counts the loss of the last step, if that has not been done."""
+        if self.unread is None:
+            return
+        loss, lr, self.unread = self.unread(), self._lr(self.step - 1), None
+        if not math.isfinite(loss):
+            kept = "" if self.folder is None else f"; the last state before is kept in {str(self.folder)!r}"
+            raise NotFinite(
+                f"{self.config.model.name}, seed {self.config.seed}: the loss is {loss} at step {self.step} of "
+                f"{self.steps}, learning rate {lr:.2g}; lower the learning rate{kept}"
+            )
+        self.loss_sum += loss
+        self.loss_count += 1
+        if self.step % _STEPS_PER_LINE == 0:
+            self._note({"step": self.step, "loss": loss, "lr": lr})
 
     def _lr(self, step: int) -> float:
         return self.config.train.lr * rate(step, self.steps, self.config.train.warmup)
@@ -385,25 +400,21 @@ class _Run:
         write_text(path, "".join(kept))
 
 
-def rate(step: int, steps: int, warmup: float) -> float:
-    """Learning rate of step `step` (from 0) as a share of its peak: a line up, then half a cosine down to 0."""
-    rising = max(1, round(warmup * steps))
-    if step < rising:
-        return (step + 1) / rising
-    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+def _fits(images: Tensor, device: torch.device) -> bool:
+    """Whether a GPU can hold all images beside what training needs."""
+    return device.type == "cuda" and images.nbytes <= torch.cuda.mem_get_info(device)[0] // 4
 
 
-def _optimizer(model: nn.Module, recipe: TrainConfig) -> torch.optim.Optimizer:
-    groups = _groups(model, recipe.weight_decay)
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9, fused=True)
-    return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
+def _reader(loss: Tensor) -> Callable[[], float]:
+    """What reads a number once it is computed, and does not wait for what a GPU was given to do after it."""
+    if loss.device.type != "cuda":
+        return loss.item
+    found = torch.empty((), dtype=loss.dtype, pin_memory=True).copy_(loss, non_blocking=True)
+    computed = torch.cuda.Event()
+    computed.record()
 
+    def read() -> float:
+        computed.synchronize()
+        return found.item()
 
-def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameters with two axes or more are decayed; biases, scales of norms and what the model exempts are not."""
-    exempt = no_weight_decay(model)
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decayed = [p for name, p in trained if p.ndim > 1 and name not in exempt]
-    free = [p for name, p in trained if p.ndim <= 1 or name in exempt]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+    return read

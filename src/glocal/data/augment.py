@@ -22,16 +22,21 @@ def crop_and_flip(
     batch, _, height, width = images.shape
     device = images.device
     padded = torch.nn.functional.pad(images, (padding,) * 4)
-    shift = torch.randint(0, 2 * padding + 1, (2, batch, 1), generator=generator).to(device)
+    shift = _moved(torch.randint(0, 2 * padding + 1, (2, batch, 1), generator=generator), device)
     rows = shift[0] + torch.arange(height, device=device)
     columns = torch.arange(width, device=device).expand(batch, -1)
     if flip:
-        mirrored = (torch.rand((batch, 1), generator=generator) < 0.5).to(device)
+        mirrored = _moved(torch.rand((batch, 1), generator=generator) < 0.5, device)
         columns = torch.where(mirrored, columns.flip(1), columns)
     columns = columns + shift[1]
     item = torch.arange(batch, device=device)[:, None, None]
     # Indices apart from each other put their axes first: the result is [B, H, W, C].
     return padded[item, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def _moved(drawn: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Without waiting for a GPU."""
+    return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn
 
 
 def randaugment(images: torch.Tensor, num_ops: int) -> torch.Tensor:

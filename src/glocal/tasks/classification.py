@@ -223,9 +223,9 @@ def predict(model: nn.Module, images: Tensor, labels: Tensor, normalise: Normali
     with torch.inference_mode():
         for batch, answers in zip(images.split(_BATCH), labels.split(_BATCH), strict=True):
             scores = model(normalise(batch)).float()
-            predicted.append(scores.argmax(1).cpu())
-            losses.append(F.cross_entropy(scores, answers.to(scores.device), reduction="none").cpu())
-    return Predictions(torch.cat(predicted), torch.cat(losses))
+            predicted.append(scores.argmax(1))
+            losses.append(F.cross_entropy(scores, answers.to(scores.device), reduction="none"))
+        return Predictions(torch.cat(predicted).cpu(), torch.cat(losses).cpu())
 
 
 def accuracy(predicted: Tensor, labels: Tensor) -> float:
