@@ -158,6 +158,17 @@ def relative(shape: Sequence[int], heads: int, compiled: bool) -> Problem:
     return Problem(f"{spec}, q, k, v given", shape, tensors, calls, 2 * math.prod(shape) * math.prod(grid))
 
 
+def separable(shape: Sequence[int], heads: int, compiled: bool) -> Problem:
+    """What quadratic attention does once it has its weights."""
+    height, width = shape[1:3]
+    weights = (torch.randn(heads, n, n).softmax(-1) for n in (height, width))
+    calls = {OURS: Call(lambda x, rows, columns: kernels.separable_sum(rows, columns, x.unsqueeze(3)))}
+    macs = heads * math.prod(shape) * (height + width)
+    return Problem(
+        f"separable_sum, {heads} heads", shape, (torch.randn(shape), *weights), calls | peers.separable(compiled), macs
+    )
+
+
 def window(shape: Sequence[int], heads: int, size: int, shift: int, compiled: bool) -> Problem:
     spec = f"WindowAttention(window_size={size}, num_heads={heads}, shift_size={shift})"
     tensors, ours = attention_core(spec, shape, "relative_position_bias_table")
@@ -260,6 +271,9 @@ for shape in [(128, *stage[1:]) for stage in FOUR_STAGES]:
 for shape in ((128, 14, 14, 384), (128, 7, 7, 768)):
     GPU_CASES.append(f"relative/{named(shape)}")
     add(GPU_CASES[-1], relative, shape, shape[-1] // 32)
+for shape, heads in (((128, 16, 16, 400), 9), ((32, 32, 32, 400), 9)):  # the all-attention model's grid, and one larger
+    GPU_CASES.append(f"separable/{named(shape)}/{heads}")
+    add(GPU_CASES[-1], separable, shape, heads)
 for name, make, arguments in (  # for the tests of the benchmarks themselves
     ("static", static, (TINY, 3)),
     ("per-position", per_position, (TINY, 3, 2)),
@@ -267,6 +281,7 @@ for name, make, arguments in (  # for the tests of the benchmarks themselves
     ("dynamic-line", dynamic_line, ((2, 9, 4), 2, 3)),
     ("neighborhood", neighborhood, (TINY, 2, 3)),
     ("relative", relative, (TINY, 2)),
+    ("separable", separable, (TINY, 3)),
     ("window", window, ((2, 9, 6, 4), 2, 3, 1)),
     ("window-module", window_module, ((2, 9, 6, 4), 2, 3, 1)),
     ("outlook-module", outlook_module, (TINY, 2, 2)),

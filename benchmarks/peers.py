@@ -246,6 +246,28 @@ def relative_masked(grid: Sequence[int]) -> Call:
     return Call(lambda q, k, v, table: by_head(q, k, v, table.flatten(1)[:, entry]))
 
 
+# Heads whose weights are a product along each axis: x [B, H, W, C], rows [G, H, H], columns [G, W, W]; [B, H, W, G, C]
+
+
+def by_axes(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """A product along each axis."""
+    by_row = torch.einsum("gjl,bklc->bkjgc", columns, x)
+    return torch.einsum("gik,bkjgc->bijgc", rows, by_row)
+
+
+def by_pairs(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """One product with the weights of all pairs of tokens, which are the same in all images."""
+    pairs = torch.einsum("gik,gjl->ijgkl", rows, columns)
+    return (pairs.flatten(0, 2).flatten(1) @ x.flatten(1, 2)).view(*x.shape[:3], len(rows), -1)
+
+
+def separable(compiled: bool) -> dict[str, Call]:
+    calls = {"einsum for each axis": Call(by_axes), "N x N weights": Call(by_pairs)}
+    if compiled:
+        calls |= {f"{name}, compiled": Call(torch.compile(c.function, dynamic=False)) for name, c in calls.items()}
+    return calls
+
+
 # timm's modules
 
 

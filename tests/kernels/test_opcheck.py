@@ -19,10 +19,16 @@ def arguments():
     own, bias = torch.randn(2, 5, 4, 3, 9, **DOUBLE), torch.randn(6, **DOUBLE)
     heads = [torch.randn(2, 6, 2, 4, **DOUBLE) for _ in range(3)]
     table, valid = torch.randn(2, 2, 3, 5, dtype=torch.float64), torch.tensor([[True] * 6, [True] * 3 + [False] * 3])
+    rows, columns = torch.randn(3, 2, 5, **DOUBLE), torch.randn(3, 7, 4, **DOUBLE)
+    values, above = torch.randn(2, 5, 4, 1, 6, **DOUBLE), torch.randn(2, 2, 7, 3, 6, **DOUBLE)
+    each = torch.randn(2, 5, 4, 3, 6, **DOUBLE)
     return {
         "gathered_scores": [(torch.randn(2, 4, 2, 3, **DOUBLE), torch.randn(2, 5, 2, 3, **DOUBLE), INDEX)],
         "gathered_sum": [(torch.randn(2, 4, 2, 3, **DOUBLE), torch.randn(2, 5, 2, 3, **DOUBLE), INDEX)],
         "gathered_scatter": [(torch.randn(2, 4, 2, 3, **DOUBLE), torch.randn(2, 4, 2, 3, **DOUBLE), INDEX, 5)],
+        "separable_sum": [(rows, columns, values), (rows, columns, each)],
+        "separable_sum_transposed": [(rows, columns, above, True), (rows, columns, above, False)],
+        "separable_sum_products": [(columns, values, above), (columns, each, above)],
         "local_sum": [(tokens, shared, bias, *SIZES), (tokens, own, None, *SIZES), (tokens, own, bias, *SIZES)],
         "local_sum_transposed": [(tokens, shared, *SIZES), (tokens, own, *SIZES)],
         "local_sum_products": [(tokens, tokens, *SIZES[:3], shared.shape), (tokens, tokens, *SIZES[:3], own.shape)],

@@ -31,8 +31,8 @@ FAULTS = {
         ("sequences see padding", "None if valid is None else valid[:, None, None])", "None)"),
         (
             "axes change places where everything is valid",
-            "within = columns.softmax(-1)",
-            "rows, columns = columns, rows\n        within = columns.softmax(-1)",
+            "separable_sum(rows.softmax(-1), columns.softmax(-1), values)",
+            "separable_sum(columns.softmax(-1), rows.softmax(-1), values.transpose(1, 2))",
         ),
         ("what is not valid has a weight", "in_row.softmax(-1)", "columns[:, None].expand_as(in_row).softmax(-1)"),
     ),

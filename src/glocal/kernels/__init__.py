@@ -5,4 +5,5 @@ from glocal.kernels.gathered import gathered_scores as gathered_scores
 from glocal.kernels.gathered import gathered_sum as gathered_sum
 from glocal.kernels.local_sum import local_sum as local_sum
 from glocal.kernels.neighborhood_attention import neighborhood_attention as neighborhood_attention
+from glocal.kernels.separable_sum import separable_sum as separable_sum
 from glocal.kernels.window_attention import window_attention as window_attention

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from glocal.aggregation import Aggregation, grid_positions
 from glocal.arguments import positive
+from glocal.kernels import separable_sum
 from glocal.mixer import TokenMixer
 from glocal.mixers._attention import masked, masked_softmax
 
@@ -79,10 +80,7 @@ def mix_by_axes(scores: Sequence[Tensor], values: Tensor, grid: Sequence[int], v
         return torch.einsum("bgjl,blgc->bjgc", along.to(values.dtype), values).flatten(-2)
     rows, columns = scores
     if valid is None:
-        within = columns.softmax(-1).to(values.dtype)
-        by_row = torch.einsum("gjl,bklgc->bkjgc", within, values)
-        between = rows.softmax(-1).to(values.dtype)
-        return torch.einsum("gik,bkjgc->bijgc", between, by_row).flatten(-2)
+        return separable_sum(rows.softmax(-1), columns.softmax(-1), values).flatten(-2)
     # a row of nothing valid has the lowest sum, hence no weight beside any other; where all are such, values are zero
     in_row = masked(columns[:, None], valid[:, None, :, None])  # [B, G, source rows, n, m]
     by_row = torch.einsum("bgkjl,bklgc->bkgjc", in_row.softmax(-1).to(values.dtype), values)
