@@ -46,8 +46,8 @@ FAULTS = {
         ),
         (
             "only the first block of source rows is read",
-            "for start in range(0, sources_h, BK)",
-            "for start in range(0, BK, BK)",
+            "for k in range(0, sources_h, BK)",
+            "for k in range(0, BK, BK)",
         ),
         (
             "images all read the first",
@@ -138,7 +138,7 @@ def agree(case, dtype, allowed):
         assert off <= allowed, f"{name}: off by {off:.1e} of its norm"  # NaN is no less
 
 
-ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}
+ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2.5e-3}
 
 
 @RUN

@@ -22,7 +22,7 @@ CHANNELS = 64  # of a block, at most
 LEAST = 16  # of anything that is multiplied by the matrix units
 PARTS = 1024  # programs, about, that the gradient of the weights is summed in
 
-# CELLS: numbers of each of the two tiles that a program adds up
+# CELLS: numbers of each of the two tiles that a program adds up, of 16 bits
 CONFIGURATIONS = (
     {"CELLS": 8192, "num_warps": 8},
     {"CELLS": 16384, "num_warps": 8},
@@ -40,15 +40,19 @@ def _weights(pointer, left, lefts, right, rights, strides):
 
 @triton.jit
 def _lanes(down, downs, channel, channels, stride, BD: tl.constexpr, BC: tl.constexpr):
-    """[1, BD * BC]: where the channels of places lie that are `stride` apart, and whether they are."""
-    inside = (down < downs)[:, None] & (channel < channels)[None, :]
-    where = down.to(tl.int64)[:, None] * stride + channel[None, :]
-    return tl.reshape(where, [1, BD * BC]), tl.reshape(inside, [1, BD * BC])
+    """[1, BD * BC]: where BC channels of BD places lie, from these on, and whether they are; places are `stride` apart.
+
+    Not reshaped from [BD, BC]: of that Triton 3.6 would not know that channels are neighbors.
+    """
+    lane = tl.arange(0, BD * BC)[None, :]
+    place = down + lane // BC
+    inside = (place < downs) & (channel + lane % BC < channels)
+    return place.to(tl.int64) * stride + (channel + lane % BC), inside
 
 
 @triton.jit
 def _tile(pointer, down, downs, along, alongs, channel, channels, strides, BD: tl.constexpr, BC: tl.constexpr):
-    """[along, BD * BC]: channels of places of an image; strides: of image, `down`, `along` and head."""
+    """[along, BD * BC]: BD places down and BC channels, from these on; strides: of image, `down`, `along` and head."""
     lane, inside = _lanes(down, downs, channel, channels, strides[1], BD, BC)
     there = (along < alongs)[:, None] & inside
     return tl.load(pointer + along.to(tl.int64)[:, None] * strides[2] + lane, mask=there, other=0.0)
@@ -65,7 +69,7 @@ def _along_columns(
     source, columns, tile, j, k, channel, sizes, strides, weight_strides, WHOLE: tl.constexpr, BJ: tl.constexpr,
     BK: tl.constexpr, BL: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """[BK, BJ * BC]: rows k of an image and head, summed over their columns for each query column j."""
+    """[BK, BJ * BC]: rows of an image and head from k on, summed over their columns for each query column from j on."""
     _, queries_w, sources_h, sources_w, channels = sizes
     total = tl.zeros([BJ, BK * BC], tl.float32)
     for start in range(0, sources_w, BL):
@@ -73,7 +77,7 @@ def _along_columns(
         read = tile
         if not WHOLE:
             read = _tile(source, k, sources_h, l, sources_w, channel, channels, strides, BK, BC)
-        weights = _weights(columns, j, queries_w, l, sources_w, weight_strides)
+        weights = _weights(columns, j + tl.arange(0, BJ), queries_w, l, sources_w, weight_strides)
         total += tl.dot(weights.to(read.dtype), read, input_precision=PRECISION)
     return _turned(total.to(source.dtype.element_ty), BJ, BK, BC)
 
@@ -87,9 +91,9 @@ def _sum(
     """BI x BJ queries of `each` heads: each is written or, ADDED, their sum. WHOLE: all read the same tile."""
     queries_h, queries_w, sources_h, sources_w, channels = sizes
     number = tl.program_id(0)
-    channel = number % tl.cdiv(channels, BC) * BC + tl.arange(0, BC)
+    channel = number % tl.cdiv(channels, BC) * BC
     number = number // tl.cdiv(channels, BC)
-    j = number % tl.cdiv(queries_w, BJ) * BJ + tl.arange(0, BJ)
+    j = number % tl.cdiv(queries_w, BJ) * BJ
     number = number // tl.cdiv(queries_w, BJ)
     i = number % tl.cdiv(queries_h, BI) * BI + tl.arange(0, BI)
     number = number // tl.cdiv(queries_h, BI)
@@ -101,19 +105,17 @@ def _sum(
     columns += first * column_strides[0]
     tile = tl.zeros([BL, BK * BC], source.dtype.element_ty)
     if WHOLE:
-        k = tl.arange(0, BK)
-        tile = _tile(source, k, sources_h, tl.arange(0, BL), sources_w, channel, channels, strides, BK, BC)
+        tile = _tile(source, 0, sources_h, tl.arange(0, BL), sources_w, channel, channels, strides, BK, BC)
     lane, inside = _lanes(j, queries_w, channel, channels, out_strides[2], BJ, BC)
     written = (i < queries_h)[:, None] & inside
     where = i.to(tl.int64)[:, None] * out_strides[1] + lane
     total = tl.zeros([BI, BJ * BC], tl.float32)
     for _ in range(0, each):
-        for start in range(0, sources_h, BK):
-            k = start + tl.arange(0, BK)
+        for k in range(0, sources_h, BK):
             part = _along_columns(
                 source, columns, tile, j, k, channel, sizes, strides, column_strides, WHOLE, BJ, BK, BL, BC, PRECISION
             )
-            weights = _weights(rows, i, queries_h, k, sources_h, row_strides)
+            weights = _weights(rows, i, queries_h, k + tl.arange(0, BK), sources_h, row_strides)
             total += tl.dot(weights.to(part.dtype), part, input_precision=PRECISION)
         source += strides[3]
         rows += row_strides[0]
@@ -134,7 +136,7 @@ def _products(
     """[., heads, I, K]: the gradient of BI x BK weights of rows, of `each` of the blocks of columns and channels."""
     queries_h, queries_w, sources_h, _, channels = sizes
     number = tl.program_id(0)
-    k = number % tl.cdiv(sources_h, BK) * BK + tl.arange(0, BK)
+    k = number % tl.cdiv(sources_h, BK) * BK
     number = number // tl.cdiv(sources_h, BK)
     i = number % tl.cdiv(queries_h, BI) * BI + tl.arange(0, BI)
     number = number // tl.cdiv(queries_h, BI)
@@ -146,9 +148,9 @@ def _products(
     none = tl.zeros([BL, BK * BC], source.dtype.element_ty)
     total = tl.zeros([BI, BK], tl.float32)
     for step in range(part * each, tl.minimum(part * each + each, steps)):
-        channel = step % tl.cdiv(channels, BC) * BC + tl.arange(0, BC)
+        channel = step % tl.cdiv(channels, BC) * BC
         block = step // tl.cdiv(channels, BC)
-        j = block % tl.cdiv(queries_w, BJ) * BJ + tl.arange(0, BJ)
+        j = block % tl.cdiv(queries_w, BJ) * BJ
         image = (block // tl.cdiv(queries_w, BJ)).to(tl.int64)
         seen = _along_columns(
             source + image * strides[0], columns, none, j, k, channel, sizes, strides, column_strides, False, BJ, BK,
@@ -160,6 +162,7 @@ def _products(
             (0, above_strides[2], above_strides[1], 0), BJ, BC,
         )  # fmt: skip
         total += tl.dot(asked, tl.trans(seen), input_precision=PRECISION)
+    k += tl.arange(0, BK)
     there = (i < queries_h)[:, None] & (k < sources_h)[None, :]
     base = (part.to(tl.int64) * heads + head) * queries_h
     tl.store(parts + (base + i[:, None]) * sources_h + k[None, :], total, mask=there)
@@ -182,7 +185,7 @@ def separable_sum(rows: Tensor, columns: Tensor, source: Tensor, out: Tensor, *,
     precision = _precision()
 
     def run(choice: tuning.Configuration) -> None:
-        blocks = _blocks(choice, sizes)
+        blocks = _blocks(choice, sizes, source)
         programs = triton.cdiv(sizes[0], blocks["BI"]) * triton.cdiv(sizes[1], blocks["BJ"])
         programs *= triton.cdiv(sizes[4], blocks["BC"]) * len(out) * (heads // each)
         whole = blocks["BK"] >= sizes[2] and blocks["BL"] >= sizes[3] and source.shape[3] == 1
@@ -205,7 +208,7 @@ def separable_sum_products(columns: Tensor, source: Tensor, above: Tensor) -> Te
     strides, precision = _strides(source, shared=source.shape[3] == 1), _precision()
 
     def run(choice: tuning.Configuration) -> Tensor:
-        blocks = _blocks(choice, sizes)
+        blocks = _blocks(choice, sizes, source)
         tiles = heads * triton.cdiv(sizes[0], blocks["BI"]) * triton.cdiv(sizes[2], blocks["BK"])
         steps = len(source) * triton.cdiv(queries_w, blocks["BJ"]) * triton.cdiv(sizes[4], blocks["BC"])
         some = triton.cdiv(steps, max(min(PARTS // tiles, steps), 1))
@@ -244,9 +247,9 @@ def _kind(source: Tensor, sizes: Sequence[int], *others: object) -> tuple[object
     return (source.dtype, *sizes, *others, *tuning.classes(len(source)))
 
 
-def _blocks(choice: tuning.Configuration, sizes: Sequence[int]) -> dict[str, int]:
-    """So large that neither tile, [BJ, BK * BC] or [BI, BJ * BC], has more than CELLS numbers."""
-    cells = choice["CELLS"]
+def _blocks(choice: tuning.Configuration, sizes: Sequence[int], source: Tensor) -> dict[str, int]:
+    """So large that neither tile, [BJ, BK * BC] or [BI, BJ * BC], has more than CELLS numbers, of float32 half."""
+    cells = 2 * choice["CELLS"] // source.element_size()
     *sides, channels = (max(triton.next_power_of_2(n), LEAST) for n in sizes)
     bi, bj, bk, bl = (min(n, SIDE) for n in sides)
     bj = min(bj, max(cells // LEAST**2, LEAST))
