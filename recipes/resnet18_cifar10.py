@@ -5,6 +5,9 @@
 CIFAR10 is a folder with `train` and `test`, each with a folder of images for every class. The same command with
 --resume goes on with an interrupted run; other options of `glocal train` may follow and count more.
 
+On a GPU add --precision bf16. With `timeout 540` before it and --resume after it the command is a piece of nine
+minutes; given again it goes on, from at most half a minute before.
+
 Time: made for a GPU. 300 epochs are 2.5e16 multiply-adds: 0.56 G for an image forward, three times that with the
 backward pass.
 

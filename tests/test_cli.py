@@ -73,6 +73,7 @@ COMMANDS = "compare, train, evaluate, predict, explore, recall, convert, check-d
         (["compare", "--seeds", "1.5"], "--seeds: cannot read '1.5'"),
         (["compare", "--epochs", "few"], "--epochs"),
         (["compare", "--seeds", "-1"], "glocal compare: --seeds: -1; it must be at least 1"),
+        (["compare", "--precision", "fp16"], "glocal compare: --precision: fp16 needs a GPU; on a CPU use bf16"),
         (["compare", "--epochs", "0"], "glocal compare: --epochs: 0; it must be at least 1"),
         (["compare", "--data"], "--data: none given"),
         (

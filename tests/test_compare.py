@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from glocal import compare as comparison
 from glocal import training
 from glocal.checkpoint import alone_in
-from glocal.compare import Study, check, compare, prepare_folder
+from glocal.compare import NOT_IN_RUNS, Study, check, compare, prepare_folder
 from glocal.config import CompareConfig
 from glocal.data import load
 from glocal.runs import images_of
@@ -19,6 +20,11 @@ from glocal.runs import images_of
 from .small_study import LAYOUTS, config, folders, write_digits
 
 pytestmark = pytest.mark.usefixtures("in_process")
+
+
+def test_files_that_change_no_run_are_there():
+    package = Path(training.__file__).parent
+    assert all(list(package.rglob(name)) for name in NOT_IN_RUNS)
 
 
 def test_finished_runs_are_not_repeated(folder, in_process):

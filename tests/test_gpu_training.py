@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import glocal
+from glocal.training import NotFinite, train
+
+from .small_run import Stop, StopAt, easy, run
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
@@ -21,6 +25,7 @@ SPECS = (
     "NeighborhoodAttention(kernel_size=5, num_heads=2, border='shifted')",
     "WindowAttention(window_size=7, num_heads=2, shift_size=3)",
     "RelativeAttention(grid_size=(15, 13), num_heads=2)",
+    "QuadraticAttention(num_heads=3)",
 )
 STEPS = 1000
 
@@ -93,3 +98,22 @@ def test_a_step_can_be_captured_and_replayed(spec):
     torch.cuda.synchronize()
     for a, b in zip(found, step(mixer, x, upstream), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_a_network_learns_and_goes_on_after_an_interruption(precision, tmp_path):
+    config = run(epochs=6, precision=precision, crop_padding=1, flip=False)
+    with pytest.raises(Stop):
+        train(config, easy(), tmp_path, listener=StopAt(7), checkpoint_seconds=0)
+    result = train(config, easy(), tmp_path)
+    assert [epoch.epoch for epoch in result.epochs] == [1, 2, 3, 4, 5, 6]
+    assert result.test_accuracy == result.train_accuracy == 100
+    assert result.epochs[-1].train_loss < 0.5 * result.epochs[0].train_loss
+
+
+def test_a_loss_that_is_not_finite_is_not_kept(tmp_path):
+    """It is read when the next step is already on its way."""
+    with pytest.raises(NotFinite, match=r"the loss is (nan|inf) at step \d+ of 12"):
+        train(run(lr=1e30), easy(), tmp_path, checkpoint_seconds=0)
+    [kept] = (tmp_path / "checkpoints").iterdir()
+    assert all(value.isfinite().all() for value in load_file(kept / "weights.safetensors").values())

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from glocal.compare import Study, compare
+from glocal.config import CompareConfig
 from glocal.data import ImageData, load
 from glocal.plan import recipe
 
@@ -23,11 +24,19 @@ def test_the_recipe_follows_the_kind_of_data():
             "recall" if kind == "probe" else "x", images, torch.arange(2), images, torch.arange(2), ("a", "b"), kind
         )
 
-    probe, idx, folder, digits = (recipe(data(kind), None) for kind in ("probe", "idx", "folder", "digits"))
+    probe, idx, folder, digits = (recipe(data(kind), CompareConfig()) for kind in ("probe", "idx", "folder", "digits"))
     assert (probe.crop_padding, probe.flip) == (0, False) == (digits.crop_padding, digits.flip)
     assert (idx.flip, folder.flip) == (False, True) and idx.crop_padding == folder.crop_padding > 0
-    assert idx.epochs == folder.epochs == 6 and recipe(data("idx"), 7).epochs == 7
-    assert recipe(data("idx"), 4, 0.25).epochs == 8
+    assert idx.epochs == folder.epochs == 6 and recipe(data("idx"), CompareConfig(epochs=7)).epochs == 7
+    assert recipe(data("idx"), CompareConfig(epochs=4), 0.25).epochs == 8
+    assert recipe(data("probe"), CompareConfig(precision="bf16")).precision == "bf16"
+
+
+def test_the_precision_is_that_of_all_runs(folder):
+    results = compare(config(folder, precision="bf16", layouts=("C-C-T-T",), seeds=(1,)), quiet=True)
+    assert results["recipe"]["precision"] == "bf16"
+    [kept] = (folder / "out" / "runs").glob("*/config.yaml")
+    assert "precision: bf16" in kept.read_text()
 
 
 def test_every_share_of_the_images_has_its_seeds(folder):
@@ -111,10 +120,15 @@ def test_mistakes_stop_before_training(folder, in_process, options, message):
 # planted by scripts/mutate
 FAULTS = {
     "plan.py": (
-        ("few images have fewer epochs", "more = 1 / math.sqrt(fraction)", "more = math.sqrt(fraction)"),
+        (
+            "few images have fewer epochs",
+            "config.epochs) / math.sqrt(fraction)",
+            "config.epochs) * math.sqrt(fraction)",
+        ),
         ("every share has as many seeds as the largest", "                    if seed < cell.seeds\n", ""),
         ("after other data a network starts anew", "            parent=cell,\n", "            parent=None,\n"),
-        ("folders of characters are mirrored", 'flip=data.kind == "folder"', "flip=True"),
+        ("folders of characters are mirrored", '"flip": data.kind == "folder"', '"flip": True'),
+        ("the precision is not that of the study", ", precision=config.precision", ""),
         ("two widths may be one network", "if made.setdefault(dims, width) != width:", "if False:"),
         ("transfer claims a budget", "            target=None,\n", "            target=cell.target,\n"),
     ),

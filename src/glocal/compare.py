@@ -35,9 +35,9 @@ from glocal.summary import Condition, Outcome, Row, device_name, summarise
 
 # What of the package cannot change what a run computes.
 NOT_IN_RUNS = {
-    *("cli.py", "__main__.py", "compare.py", "plan.py", "candidates.py", "budget.py", "cost.py", "running.py"),
-    *("progress.py", "config.py", "statistics.py", "summary.py", "report", "check.py", "inference.py"),
-    *("contract.py", "evidence.py", "inspection.py"),
+    *("cli", "__main__.py", "compare.py", "plan.py", "candidates.py", "budget.py", "cost.py", "running.py"),
+    *("progress.py", "config.py", "statistics.py", "summary.py", "report", "recall.py", "inference.py"),
+    *("contract", "evidence.py", "inspection.py"),
 }
 EMBEDDED = (*PROBES, "digits")
 SECONDS_BETWEEN_REPORTS = 20
@@ -71,6 +71,8 @@ def check(config: CompareConfig) -> None:
         for value in values:
             if value < 1:
                 raise ValueError(f"--{name}: {value}; it must be at least 1")
+    if config.precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("--precision: fp16 needs a GPU; on a CPU use bf16")
     if len(config.seeds) not in (1, len(config.data_fractions)):
         raise ValueError(
             f"--seeds: {len(config.seeds)} numbers for {len(config.data_fractions)} data fractions; give one for all, "
@@ -303,7 +305,7 @@ class Study:
             rows,
             self.data,
             self._test_images,
-            {source: to_plain(recipe(images, self.config.epochs)) for source, images in self.data.items()},
+            {source: to_plain(recipe(images, self.config)) for source, images in self.data.items()},
             {"of": self.config.budget, "targets": self.plan.targets},
             {"finished": done, "planned": sum(map(len, self.plan.phases))},
             self.config.folds,

@@ -291,5 +291,8 @@ class CompareConfig:
     ablate: tuple[Literal["skip", "mlp", "positions"], ...] = ()
     """Repeats every layout without these."""
 
+    precision: Precision = "no"
+    """Mixed precision of all runs: no (float32), bf16, or fp16 (on a GPU)."""
+
     out: Path = Path("glocal-compare")
     """Folder for report.html, results.json and the runs. Runs that are finished there are not repeated."""

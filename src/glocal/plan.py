@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from glocal.candidates import Network, Networks, base_dims, entries
 from glocal.config import CompareConfig, DataConfig, TrainConfig
@@ -13,7 +14,7 @@ from glocal.summary import Condition
 TUNED = (1 / 3, 1.0, 3.0)  # times the recipe's learning rate
 
 
-def recipe(data: ImageData, epochs: int | None, fraction: float = 1.0) -> TrainConfig:
+def recipe(data: ImageData, config: CompareConfig, fraction: float = 1.0) -> TrainConfig:
     """The recipe that all candidates share, by the kind of data.
 
     Probes are generated and need no augmentation. Real images are shifted by up to a sixteenth of their side at
@@ -21,18 +22,20 @@ def recipe(data: ImageData, epochs: int | None, fraction: float = 1.0) -> TrainC
     With a share f of the images there are 1 / sqrt(f) times as many epochs: between the same number of steps, which
     would cost as much as the whole, and the same number of epochs, which would leave small shares untrained.
     """
-    more = 1 / math.sqrt(fraction)
+    usual, own = _usual(data)
+    epochs = round((usual if config.epochs is None else config.epochs) / math.sqrt(fraction))
+    return TrainConfig(epochs=epochs, precision=config.precision, **own)
+
+
+def _usual(data: ImageData) -> tuple[int, dict[str, Any]]:
+    """Epochs, and what else is not as in other recipes."""
     if data.name == "recall":
-        return TrainConfig(epochs=round((5 if epochs is None else epochs) * more), batch_size=32, lr=1e-3)
+        return 5, {"batch_size": 32, "lr": 1e-3}
     if data.name == "texture":
-        return TrainConfig(epochs=round((5 if epochs is None else epochs) * more), batch_size=32)
+        return 5, {"batch_size": 32}
     if data.kind == "digits":
-        return TrainConfig(epochs=round((20 if epochs is None else epochs) * more), batch_size=32)
-    return TrainConfig(
-        epochs=round((6 if epochs is None else epochs) * more),
-        crop_padding=max(1, min(data.img_size) // 16),
-        flip=data.kind == "folder",
-    )
+        return 20, {"batch_size": 32}
+    return 6, {"crop_padding": max(1, min(data.img_size) // 16), "flip": data.kind == "folder"}
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ class Plan:
                         Condition(source, fraction, None, width),
                         None,
                         dataclasses.replace(data, fraction=fraction),
-                        recipe(own, self.config.epochs, fraction),
+                        recipe(own, self.config, fraction),
                         whole,
                         seeds,
                         targets[width],
@@ -181,7 +184,7 @@ class Plan:
             cell,
             condition=dataclasses.replace(cell.condition, data=then, fraction=1.0, after=cell.condition.data),
             data=data,
-            recipe=recipe(self.data[then], self.config.epochs),
+            recipe=recipe(self.data[then], self.config),
             network=self.networks.made_for(cell.network.config, images, cell.network.resized),
             target=None,
             parent=cell,

@@ -146,12 +146,12 @@ def _configurations(kernel: Kind, q: Tensor, v: Tensor, block: int) -> list[tuni
     short, width = q.element_size() == 2, max(_power(q), _power(v))
     large = block * width > 64 * 32
     if block < 32:
-        warps = 2 if short or width <= 32 else 4 if width <= 128 else 8
-    elif kernel == "queries" or (kernel == "sources" and block == 32):
+        warps = 2 if short or width <= 32 else 4 if width <= 128 and kernel != "pairs" else 8
+    elif kernel == "queries" or (kernel == "sources" and block == 32 and (short or width <= 32)):
         warps = 4
     else:
         warps = 4 if kernel == "at once" and short and not large else 8
-    stages = 1 if kernel == "sources" and block == 64 and large else 2
+    stages = 1 if large and (kernel == "at once" or (kernel == "sources" and block == 64)) else 2
     first = {"BLOCK": block, "num_warps": warps, "num_stages": stages}
     found: list[tuning.Configuration] = [first, *({**first, "num_stages": n} for n in (1, 2, 3) if n != stages)]
     if warps < 8:
