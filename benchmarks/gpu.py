@@ -1,13 +1,15 @@
 """Every operator with kernels for GPUs beside what a user has today, and beside what the device can do at best.
 
     python benchmarks/gpu.py [CASE ...] [--dtype bfloat16] [--out results.jsonl] [--seconds 540] [--no-compiled]
+                             [--processes N]
 
 CASE is a name or a pattern; without any, all with a batch of 128. Each call is timed by events of the device, which is
 kept busy until all of the call is queued; over inputs of which there are so many that its cache does not hold them.
 Before a case is timed, its result and gradients are compared with those of float64 in plain PyTorch on some of
 the images. Percent of the floor: every tensor moved once at the speed of a copy in this process, or every multiply-add
 at that of a matrix product of this dtype, whichever takes longer; the floor's time over the operator's. No case is
-begun after --seconds. JSON lines, one for each case and pass, are added to --out.
+begun after --seconds. First N processes compile what is to be timed, each a case at a time. JSON lines, one for each
+case and pass, are added to --out.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "src")]
 
 import torch  # noqa: E402
+from ahead import compile_ahead, every_configuration, spare_cores  # noqa: E402
 from cases import CASES, GPU_CASES, OURS, Problem  # noqa: E402
 from run import surroundings  # noqa: E402
 from timing import PASSES, Call, Floor, bound  # noqa: E402
@@ -111,16 +115,32 @@ def peak(run: Callable[[], object], device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) - before
 
 
+def made(name: str, device: torch.device, dtype: torch.dtype, compiled: bool) -> tuple[Problem, list[Tensor]]:
+    """A case and its tensors."""
+    torch.manual_seed(0)
+    with device:
+        problem = CASES[name].make(compiled)
+    for call in problem.calls.values():
+        call.to(dtype)
+    return problem, [t.to(dtype) for t in problem.tensors]
+
+
+def compile_case(name: str, device: str, dtype: str, compiled: bool) -> None:
+    """Once through all that compiles."""
+    problem, tensors = made(name, torch.device(device), DTYPES[dtype], compiled)
+    for peer, call in problem.calls.items():
+        for which in PASSES:
+            if peer == OURS:
+                every_configuration(bound(call, tensors, which))
+            elif "compiled" in peer and not (call.forward_only and which != "forward"):
+                bound(call, tensors, which)()
+
+
 def measure(
     name: str, device: torch.device, dtype: torch.dtype, rounds: int, compiled: bool, floor: Floor
 ) -> list[dict[str, Any]]:
     """One row for each pass."""
-    torch.manual_seed(0)
-    with device:
-        problem = CASES[name].make(compiled)
-    tensors = [t.to(dtype) for t in problem.tensors]
-    for call in problem.calls.values():
-        call.to(dtype)
+    problem, tensors = made(name, device, dtype, compiled)
     off = error(problem, tensors)
     about = {"case": name, "spec": problem.spec, "shape": list(problem.shape), "dtype": str(dtype), "error": off}
     if not off <= ERRORS[dtype]:
@@ -180,6 +200,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=540)
     parser.add_argument("--no-compiled", action="store_true", help="without the peers that need torch.compile")
+    parser.add_argument("--processes", type=int, help="that compile ahead; on a GPU all cores but two, else none")
     parser.add_argument("--out", type=Path, help="JSON lines are added to this file")
     given = parser.parse_args()
     begun, device = time.monotonic(), torch.device(given.device)
@@ -188,7 +209,12 @@ def main() -> int:
     names = [n for n in CASES if any(fnmatch(n, p) for p in given.cases)] if given.cases else GPU_CASES
     if not names:
         parser.error(f"CASE: none of {' '.join(given.cases)}; there are {', '.join(GPU_CASES)}")
-    dtype = DTYPES[given.dtype]
+    dtype, compiled = DTYPES[given.dtype], not given.no_compiled
+    processes = given.processes if given.processes is not None else spare_cores() if device.type == "cuda" else 0
+    if processes:
+        work = partial(compile_case, device=given.device, dtype=given.dtype, compiled=compiled)
+        compile_ahead(work, names, processes)
+        print(f"compiled in {time.monotonic() - begun:.0f} s", flush=True)
     floor = measured_floor(device, dtype, device.type == "cuda")
     about = surroundings() | {"bandwidth_gb_s": floor.bandwidth / 1e9, "matmul_gmac_s": floor.rate / 1e9}
     if device.type == "cuda":
@@ -199,7 +225,7 @@ def main() -> int:
         if time.monotonic() - begun > given.seconds:
             print(f"no time is left for {', '.join(names[i:])}")
             break
-        for row in measure(name, device, dtype, given.rounds, not given.no_compiled, floor):
+        for row in measure(name, device, dtype, given.rounds, compiled, floor):
             show(row)
             wrong += "wrong" in row
             if given.out:

@@ -1,24 +1,26 @@
 """Published networks beside timm's with the same weights, in one process, turn by turn: forward and training step.
 
     python benchmarks/models.py [NAME...] [--batch 8] [--size 224] [--rounds 9] [--device cuda] [--dtype bfloat16]
-                                [--compiled] [--out models.jsonl]
+                                [--compiled] [--processes N] [--out models.jsonl]
 
 timm's stands twice, in contiguous and in channels-last memory; the better of both counts. A training step is forward,
 cross entropy and backward, without the optimizer, which is the same for both. A network that timm does not have (DWNet
 and its kin) stands beside timm's Swin-T. Of the matrix multiplications alone, at the rate that this machine reached
 in the same run, a forward pass needs its multiply-adds and a step three times as many: percent of that floor. For a
-quiet machine.
+quiet machine. First N processes compile what is to be timed, a network each.
 """
 
 import argparse
 import json
 import statistics
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
 import timm
 import torch
+from ahead import compile_ahead, every_configuration
 from run import surroundings
 from timing import interleaved, matmul_rate, settle, summary
 from torch import nn
@@ -33,6 +35,7 @@ PARTNERS = {
     "vit_small": "vit_small_patch16_224",
     "resnet50": "resnet50",
 }
+AT_ONCE = 4  # networks with large batches are in memory while they are compiled ahead
 KIN = ("dwnet_tiny", "d_dwnet_tiny", "i_d_dwnet_tiny", "local_mlp_tiny")  # Swin-T with something else for attention
 
 
@@ -65,8 +68,10 @@ def calls(net: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> dict[st
     return {"forward": forward, "step": step}
 
 
-def measure(name: str, given: argparse.Namespace) -> list[dict[str, object]]:
-    """A row for each pass."""
+def networks(
+    name: str, given: argparse.Namespace
+) -> tuple[dict[str, tuple[nn.Module, torch.Tensor]], torch.Tensor, int]:
+    """Ours and its rivals, each with its images; labels; multiply-adds of a forward pass."""
     torch.manual_seed(0)
     dtype = getattr(torch, given.dtype)
     images = torch.randn(given.batch, 3, given.size, given.size).to(dtype)
@@ -86,6 +91,25 @@ def measure(name: str, given: argparse.Namespace) -> list[dict[str, object]]:
         net.to(dtype)
     if given.compiled:
         nets |= {f"{who}, compiled": (torch.compile(net), x) for who, (net, x) in list(nets.items())}
+    return nets, labels, products
+
+
+def compile_network(name: str, given: argparse.Namespace) -> None:
+    """Once through all that compiles."""
+    torch.set_default_device(given.device)
+    nets, labels, _ = networks(name, given)
+    for who, (net, x) in nets.items():
+        for run in calls(net, x, labels).values():
+            if who == "glocal":
+                every_configuration(run)
+            elif "compiled" in who:
+                run()
+
+
+def measure(name: str, given: argparse.Namespace) -> list[dict[str, object]]:
+    """A row for each pass."""
+    nets, labels, products = networks(name, given)
+    dtype = getattr(torch, given.dtype)
     runs = {who: calls(net, x, labels) for who, (net, x) in nets.items()}
     side = 8192 if given.device == "cuda" else 1024
     rate = matmul_rate(side, dtype=dtype)
@@ -123,10 +147,14 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--compiled", action="store_true", help="each network also under torch.compile")
+    parser.add_argument("--processes", type=int, help="that compile ahead; on a GPU 4, else none")
     parser.add_argument("--out", type=Path, help="JSON lines are added to this file")
     given = parser.parse_args()
     if given.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no GPU here, or this PyTorch was built without CUDA")
+    processes = given.processes if given.processes is not None else AT_ONCE if given.device == "cuda" else 0
+    if processes:
+        compile_ahead(partial(compile_network, given=given), given.names, processes)
     torch.set_default_device(given.device)
     about = surroundings()
     if given.device == "cuda":

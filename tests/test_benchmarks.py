@@ -32,7 +32,8 @@ def result_and_gradients(call, tensors):
 
 
 TINY = (
-    "static per-position per-image dynamic-line neighborhood relative window window-module outlook-module muse-module"
+    "static per-position per-image dynamic-line neighborhood relative separable "
+    "window window-module outlook-module muse-module"
 )
 
 
@@ -241,6 +242,27 @@ def test_what_runs_on_a_gpu_is_compared_and_measured(bench, tmp_path, monkeypatc
         assert not row["refused"] and all(call["ms"] > 0 for call in row["calls"].values())
         assert row["percent_of_floor"] == pytest.approx(100 * row["floor_ms"] / row["calls"]["glocal"]["ms"])
     assert "% of the floor" in capsys.readouterr().out
+
+
+def test_what_compiles_is_compiled_ahead_by_other_processes(bench, tmp_path, monkeypatch, capsys):
+    options = ["--device", "cpu", "--dtype", "float32", "--rounds", "3", "--no-compiled", "--processes", "2"]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "tiny/static", *options])
+    assert bench("gpu").main() == 0
+    assert "compiled in" in capsys.readouterr().out
+
+
+def test_every_configuration_is_compiled_and_none_is_kept(bench, monkeypatch):
+    tuning = pytest.importorskip("glocal.kernels.triton.tuning")
+    before, taken = tuning._choice, []
+
+    def run():
+        taken.append(tuning._choice(None, (), ["a", "b", "c"], None, None))
+        if taken[-1] == 1:
+            raise RuntimeError("too much memory")
+
+    bench("ahead").every_configuration(run)
+    assert set(taken) == {0, 1, 2} and taken[:3] == [0, 1, 2]
+    assert tuning._choice is before
 
 
 def test_a_wrong_kernel_is_not_measured(bench, monkeypatch):
