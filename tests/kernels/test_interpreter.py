@@ -13,12 +13,9 @@ from .on_gpu import DEVICE, INSTALLED, INTERPRETED
 @pytest.mark.skipif(not INSTALLED, reason="triton is not installed")
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the kernels run in this process")
 def test_kernels_for_gpus_run_in_the_interpreter():
-    folder = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton"]
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton", str(here)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1"}
-    folder = Path(__file__).parents[2]
-    done = subprocess.run(
-        [*command, "-p", "no:cacheprovider"], env=environment, cwd=folder, capture_output=True, text=True
-    )
+    done = subprocess.run(command, env=environment, cwd=here.parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:]
     assert " passed" in done.stdout

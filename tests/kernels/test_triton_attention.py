@@ -31,9 +31,9 @@ FAULTS = {
         ("what a roll brought together is not kept apart", "moved = at >= n - back + side", "moved = at >= n + side"),
         ("shifted windows are not shifted", "tl.where(end > K, (K - shift) % K, 0)", "tl.where(end > K, 0, 0)"),
         (
-            "the first queries are those of the past",
+            "queries after the past are taken from the last on",
             "        token_w = token_w - past\n",
-            "        token_w = token_w\n",
+            "        token_w = tl.where(token_w >= past, n_w - 1 - token_w, -1)\n",
         ),
         ("sources that are not valid are seen", "if HAS_VALID:", "if HAS_VALID and False:"),
         ("the sum is not carried over", "total = total * kept[:, None] + tl.dot(w", "total = total + tl.dot(w"),
@@ -99,6 +99,7 @@ WINDOWS = {
     "image, smaller": {"grid": (3, 5), "window": (4, 4), "shift": 1},
     "image, extents": {"grid": (4, 5), "window": (3, 3), "shift": 1, "extents": [[4, 5], [2, 4]], "batch": 2},
     "image, rolled": {"grid": (6, 4), "window": (3, 2), "shift": 1, "rolled": (5, 3), "heads": 1},
+    "image, rolled, not padded": {"grid": (6, 4), "window": (3, 2), "shift": 1, "rolled": (6, 4), "heads": 1},
     "large window": {"grid": (9, 9), "window": (9, 8), "shift": 3, "heads": 1},
     "sequence, no bias": {"grid": (11,), "window": (4,), "shift": 1, "biased": False, "batch": 2},
 }

@@ -173,6 +173,13 @@ def test_tiles(case, calls, monkeypatch):
     agree(*made(), torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("grid", "tile"), [((9, 5), (4, 4)), ((13, 2), (8, 2)), ((33, 1), (16, 1)), ((1, 40), (1, 16)), ((2, 40), (2, 8))]
+)
+def test_tiles_are_no_longer_than_the_grid(grid, tile, calls):
+    assert calls.whole(grid, 1, 1).tile(16) == tile
+
+
 @RUN
 @pytest.mark.parametrize("dtype", SHORT[1:])
 @pytest.mark.usefixtures("kernels_run")
