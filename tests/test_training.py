@@ -177,6 +177,48 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rate(tmp_path):
     assert all(value.isfinite().all() for value in load_file(kept / "weights.safetensors").values())
 
 
+def losses(monkeypatch, change=lambda number, loss: loss):
+    """Of every step, from the first on, as the criterion gives them."""
+    seen, criterion = [], training.Criterion.__call__
+
+    def changed(self, *given):
+        seen.append(change(len(seen) + 1, criterion(self, *given)))
+        return seen[-1]
+
+    monkeypatch.setattr(training.Criterion, "__call__", changed)
+    return seen
+
+
+def test_every_loss_is_noted_with_its_step_and_rate(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "_STEPS_PER_LINE", 1)
+    seen, config = losses(monkeypatch), run(epochs=2)
+    training.train(config, easy(), tmp_path / "run", checkpoint_seconds=1e9)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line for line in lines if "lr" in line] == [
+        {"step": i + 1, "loss": loss.item(), "lr": config.train.lr * rate(i, 8, config.train.warmup)}
+        for i, loss in enumerate(seen)
+    ]
+    assert [line["step"] for line in lines if "epoch" in line] == [4, 8]
+
+
+@pytest.mark.parametrize("seconds", [0, 1e9])
+def test_the_step_whose_loss_is_not_finite_is_named(seconds, tmp_path, monkeypatch):
+    losses(monkeypatch, lambda number, loss: loss * (math.nan if number == 3 else 1))
+    with pytest.raises(training.NotFinite, match="the loss is nan at step 3 of 12"):
+        training.train(run(), easy(), tmp_path / "run", checkpoint_seconds=seconds)
+
+
+def test_what_a_loss_that_is_not_finite_leads_to_does_not_hide_it(monkeypatch):
+    def check(number, loss):
+        if not loss.isfinite():
+            raise RuntimeError("weights are not finite")
+        return loss * (math.inf if number == 2 else 1)
+
+    losses(monkeypatch, check)
+    with pytest.raises(training.NotFinite, match="the loss is inf at step 2 of 12"):
+        training.train(run(), easy())
+
+
 def test_progress_is_told():
     listener = StopAt(None)
     training.train(run(epochs=2), easy(train=70), listener=listener)
@@ -316,6 +358,21 @@ FAULTS = {
             "return self._plain()",
         ),
         ("large tests follow every epoch of few images", "return self.step == self.steps or ", "return True or "),
+        (
+            "a loss has the next one's rate",
+            "self.unread(), self._lr(self.step - 1)",
+            "self.unread(), self._lr(self.step)",
+        ),
+        (
+            "a loss has the next one's number",
+            '_note({"step": self.step, "loss"',
+            '_note({"step": self.step + 1, "loss"',
+        ),
+        (
+            "an error of the next step hides the loss that led to it",
+            "            finally:\n                # of",
+            "            except ZeroDivisionError:\n                pass\n            else:\n                # of",
+        ),
         ("a loss that is not finite is stepped on", "if not math.isfinite(loss):", "if False:"),
         ("whole numbers are averaged, cut off", "if not value.is_floating_point():", "if False:"),
         (

@@ -33,9 +33,9 @@ from glocal.running import Job, run_all
 from glocal.runs import RunResult, finished, identity
 from glocal.summary import Condition, Outcome, Row, device_name, summarise
 
-# What of the package cannot change what a run computes.
+# What of the package cannot change what a run computes: files, and folders with all that is in them.
 NOT_IN_RUNS = {
-    *("cli", "__main__.py", "compare.py", "plan.py", "candidates.py", "budget.py", "cost.py", "running.py"),
+    *("cli", "__main__.py", "compare.py", "plan.py", "candidates.py", "budget.py", "analysis/cost.py", "running.py"),
     *("progress.py", "config.py", "statistics.py", "summary.py", "report", "recall.py", "inference.py"),
     *("contract", "evidence.py", "inspection.py"),
 }
@@ -344,7 +344,8 @@ def _environment(without: set[str]) -> Any:
     content = hashlib.sha256()
     package = Path(glocal.__file__).parent
     for path in sorted(package.rglob("*.py")):
-        if not without & set(path.relative_to(package).parts):
+        place = path.relative_to(package)
+        if not without & {place.as_posix(), place.parts[0]}:
             content.update(path.read_bytes())
     versions = " ".join(_version(name) for name in ("numpy", "accelerate", "torchvision", "pillow"))
     content.update(f"{torch.__version__} {versions} {device_name()}".encode())

@@ -234,17 +234,20 @@ class _Run:
         self.model.train()
         started = saved = time.perf_counter()
         for chosen in batches[self.step - number * self.steps_per_epoch :]:
-            if self.step == 0:
-                loss, self.peak_memory = peak_memory(lambda: self._step(chosen), self.device)  # noqa: B023
-            else:
-                loss = self._step(chosen)
-            self._read()  # of the step before: a device is at work on this one meanwhile
+            try:
+                if self.step == 0:
+                    loss, self.peak_memory = peak_memory(lambda: self._step(chosen), self.device)  # noqa: B023
+                else:
+                    loss = self._step(chosen)
+            finally:
+                # of the step before, which may be why this one fails; a device is at work on this one meanwhile
+                self._read()
             self.unread = loss
             self.step += 1
             now = time.perf_counter()
             if now - saved > checkpoint_seconds and self.step % self.steps_per_epoch:
                 self._read()
-                self.seconds += now - started
+                self.seconds += time.perf_counter() - started
                 self._keep()
                 started = saved = time.perf_counter()
             self.listener.step(self.step, self.steps)

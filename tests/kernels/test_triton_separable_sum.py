@@ -289,3 +289,8 @@ def test_counted_as_two_products():
 def test_shapes_that_do_not_fit(shape, message):
     with pytest.raises(ValueError, match=message):
         separable_sum(torch.randn(3, 4, 6), torch.randn(3, 5, 3), torch.randn(shape))
+
+
+def test_weights_of_one_head_have_its_axis():
+    with pytest.raises(ValueError, match=r"rows and columns: have shapes .4, 6. and .3, 5, 3., need"):
+        separable_sum(torch.randn(4, 6), torch.randn(3, 5, 3), torch.randn(2, 6, 3, 1, 7))

@@ -35,6 +35,11 @@ def separable_sum(rows: Tensor, columns: Tensor, values: Tensor) -> Tensor:
     Raises:
         ValueError: shapes that do not fit.
     """
+    if not rows.dim() == columns.dim() == 3:
+        raise ValueError(
+            f"rows and columns: have shapes {tuple(rows.shape)} and {tuple(columns.shape)}, need [G, I, K] and "
+            "[G, J, L]"
+        )
     heads = len(rows)
     expected = (rows.shape[2], columns.shape[2])
     if len(columns) != heads or values.dim() != 5 or values.shape[3] not in (1, heads):

@@ -225,7 +225,7 @@ def predict(model: nn.Module, images: Tensor, labels: Tensor, normalise: Normali
             scores = model(normalise(batch)).float()
             predicted.append(scores.argmax(1))
             losses.append(F.cross_entropy(scores, answers.to(scores.device), reduction="none"))
-        return Predictions(torch.cat(predicted).cpu(), torch.cat(losses).cpu())
+    return Predictions(torch.cat(predicted).cpu(), torch.cat(losses).cpu())
 
 
 def accuracy(predicted: Tensor, labels: Tensor) -> float:

@@ -97,7 +97,7 @@ def _sum(
     number = number // tl.cdiv(queries_w, BJ)
     i = number % tl.cdiv(queries_h, BI) * BI + tl.arange(0, BI)
     number = number // tl.cdiv(queries_h, BI)
-    first = number % (HEADS // each) * each
+    first = (number % (HEADS // each) * each).to(tl.int64)
     image = (number // (HEADS // each)).to(tl.int64)
     source += image * strides[0] + first * strides[3]
     out += image * out_strides[0] + first * out_strides[3]
@@ -140,7 +140,7 @@ def _products(
     number = number // tl.cdiv(sources_h, BK)
     i = number % tl.cdiv(queries_h, BI) * BI + tl.arange(0, BI)
     number = number // tl.cdiv(queries_h, BI)
-    head = number % heads
+    head = (number % heads).to(tl.int64)
     part = number // heads
     source += head * strides[3]
     above += head * above_strides[3]
