@@ -43,6 +43,7 @@ def test_every_share_of_the_images_has_its_seeds(folder):
     asked = config(folder, data_fractions=(1.0, 0.25), seeds=(1, 3), layouts=("C-C-T-T",))
     shown = {c["fraction"]: c["seeds"] for c in compare(asked, quiet=True)["candidates"]}
     assert shown == {0.25: [0, 1, 2], 1.0: [0]}
+    assert len(list((folder / "out" / "runs").glob("*/result.json"))) == 4  # and none is trained that is not shown
 
 
 def test_shares_of_the_images_and_widths(folder):
