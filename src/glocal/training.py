@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -236,7 +237,7 @@ class _Run:
         for chosen in batches[self.step - number * self.steps_per_epoch :]:
             try:
                 if self.step == 0:
-                    loss, self.peak_memory = peak_memory(lambda: self._step(chosen), self.device)  # noqa: B023
+                    loss, self.peak_memory = peak_memory(partial(self._step, chosen), self.device)
                 else:
                     loss = self._step(chosen)
             finally:

@@ -7,6 +7,8 @@ import pytest
 
 from glocal.kernels import compiled
 
+from .on_gpu import kernels_run as kernels_run
+
 ATTENTIONS = [importlib.import_module(f"glocal.kernels.{kind}_attention") for kind in ("neighborhood", "window")]
 
 

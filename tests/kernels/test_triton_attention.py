@@ -9,7 +9,7 @@ import torch
 from glocal.kernels import biased_attention, neighborhood_attention, window_attention
 
 from .attention_cases import agree, neighborhood_case, nothing_else, whole_case, window_case  # noqa: F401
-from .on_gpu import (  # noqa: F401
+from .on_gpu import (
     COMPILE,
     DEVICE,
     RUN,
@@ -19,7 +19,6 @@ from .on_gpu import (  # noqa: F401
     WIDE_COMPILE,
     compiled,
     fits,
-    kernels_run,
     take,
 )
 

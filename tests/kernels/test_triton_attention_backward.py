@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from glocal.kernels import biased_attention, neighborhood_attention, window_attention
 
 from .attention_cases import agree, neighborhood_case, nothing_else, whole_case, window_case  # noqa: F401
-from .on_gpu import DEVICE, INSTALLED, RUN, SHORT, kernels_run  # noqa: F401
+from .on_gpu import DEVICE, INSTALLED, RUN, SHORT
 
 FAULTS = {
     "kernels/triton/attention_backward.py": [

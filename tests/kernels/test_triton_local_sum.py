@@ -10,7 +10,7 @@ import torch
 
 from glocal.kernels import local_sum
 
-from .on_gpu import (  # noqa: F401
+from .on_gpu import (
     COMPILE,
     DEVICE,
     RUN,
@@ -20,7 +20,6 @@ from .on_gpu import (  # noqa: F401
     WIDE_COMPILE,
     compiled,
     fits,
-    kernels_run,
     take,
 )
 

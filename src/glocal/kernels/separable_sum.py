@@ -70,7 +70,7 @@ def _separable_sum(rows: Tensor, columns: Tensor, values: Tensor) -> Tensor:
     from glocal.kernels.triton import separable_sum as kernels
 
     out = _like(values, rows.shape[1], columns.shape[1], len(rows))
-    kernels.separable_sum(rows, columns, values, out, added=False)
+    kernels.separable_sum(rows, columns, values, out)
     return out
 
 
@@ -83,7 +83,7 @@ def _transposed(rows: Tensor, columns: Tensor, above: Tensor, shared: bool) -> T
     from glocal.kernels.triton import separable_sum as kernels
 
     out = _like(above, rows.shape[2], columns.shape[2], 1 if shared else len(rows))
-    kernels.separable_sum(rows.mT, columns.mT, above, out, added=shared)
+    kernels.separable_sum(rows.mT, columns.mT, above, out)
     return out
 
 

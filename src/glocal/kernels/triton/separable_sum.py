@@ -73,11 +73,11 @@ def _along_columns(
     _, queries_w, sources_h, sources_w, channels = sizes
     total = tl.zeros([BJ, BK * BC], tl.float32)
     for start in range(0, sources_w, BL):
-        l = start + tl.arange(0, BL)  # noqa: E741
+        along = start + tl.arange(0, BL)
         read = tile
         if not WHOLE:
-            read = _tile(source, k, sources_h, l, sources_w, channel, channels, strides, BK, BC)
-        weights = _weights(columns, j + tl.arange(0, BJ), queries_w, l, sources_w, weight_strides)
+            read = _tile(source, k, sources_h, along, sources_w, channel, channels, strides, BK, BC)
+        weights = _weights(columns, j + tl.arange(0, BJ), queries_w, along, sources_w, weight_strides)
         total += tl.dot(weights.to(read.dtype), read, input_precision=PRECISION)
     return _turned(total.to(source.dtype.element_ty), BJ, BK, BC)
 
@@ -168,10 +168,10 @@ def _products(
     tl.store(parts + (base + i[:, None]) * sources_h + k[None, :], total, mask=there)
 
 
-def separable_sum(rows: Tensor, columns: Tensor, source: Tensor, out: Tensor, *, added: bool) -> None:
+def separable_sum(rows: Tensor, columns: Tensor, source: Tensor, out: Tensor) -> None:
     """Writes out [B, I, J, G or 1, C] of rows [G, I, K], columns [G, J, L] and source [B, K, L, G or 1, C].
 
-    added: all heads' results are summed, where `out` has one head and the source has all.
+    Where `out` has one head it is the sum of all.
     """
     if not out.numel():
         return
@@ -179,23 +179,23 @@ def separable_sum(rows: Tensor, columns: Tensor, source: Tensor, out: Tensor, *,
         out.zero_()
         return
     source = _in_order(source)
-    heads, shared = len(rows), min(source.shape[3], out.shape[3]) == 1
-    sizes, each = _sizes(rows, columns, out.shape[4]), heads if shared else 1
-    strides = _strides(source, shared=source.shape[3] == 1)
-    precision = _precision()
+    sizes = rows.shape[1], columns.shape[1], rows.shape[2], columns.shape[2], out.shape[4]
+    heads, shared, added = len(rows), source.shape[3] == 1, out.shape[3] == 1
+    each = heads if shared or added else 1
+    strides, precision = _strides(source, shared=shared), _precision()
 
     def run(choice: tuning.Configuration) -> None:
         blocks = _blocks(choice, sizes, source)
         programs = triton.cdiv(sizes[0], blocks["BI"]) * triton.cdiv(sizes[1], blocks["BJ"])
         programs *= triton.cdiv(sizes[4], blocks["BC"]) * len(out) * (heads // each)
-        whole = blocks["BK"] >= sizes[2] and blocks["BL"] >= sizes[3] and source.shape[3] == 1
+        whole = blocks["BK"] >= sizes[2] and blocks["BL"] >= sizes[3] and shared
         _sum[(programs,)](
-            source, rows, columns, out, sizes, strides, _strides(out, shared=out.shape[3] == 1), rows.stride(),
+            source, rows, columns, out, sizes, strides, _strides(out, shared=added), rows.stride(),
             columns.stride(), each, ADDED=added, WHOLE=whole, **blocks, PRECISION=precision, HEADS=heads,
         )  # fmt: skip
 
     with torch.cuda.device_of(source):
-        tuning.run(_sum, _kind(source, sizes, heads, added, shared, precision), CONFIGURATIONS, run, source.device)
+        tuning.run(_sum, _kind(source, sizes, heads, shared, added, precision), CONFIGURATIONS, run, source.device)
 
 
 def separable_sum_products(columns: Tensor, source: Tensor, above: Tensor) -> Tensor:
@@ -232,11 +232,6 @@ def _in_order(tensor: Tensor) -> Tensor:
 def _strides(tensor: Tensor, *, shared: bool) -> tuple[int, int, int, int]:
     image, row, column, head, _ = tensor.stride()
     return image, row, column, 0 if shared else head
-
-
-def _sizes(rows: Tensor, columns: Tensor, channels: int) -> tuple[int, int, int, int, int]:
-    """I, J, K, L, C."""
-    return rows.shape[1], columns.shape[1], rows.shape[2], columns.shape[2], channels
 
 
 def _precision() -> str:
